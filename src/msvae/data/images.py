@@ -1,0 +1,201 @@
+"""One file, array or PIL image -> one checked image; `ImageError` says why another cannot serve."""
+
+import hashlib
+import io
+import threading
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from msvae.config import Resize
+from msvae.errors import ImageError
+
+Source = str | Path | Image.Image | NDArray[Any]
+SMALLEST = 8  # px
+_FILTERS = threading.Lock()  # warning filters belong to the process, decoding runs in threads
+
+Pixels = NDArray[np.uint8]
+
+
+def name_of(source: Source, index: int) -> str:
+    """The path of a file; "image 3" for what is in memory."""
+    return str(source) if isinstance(source, str | Path) else f"image {index}"
+
+
+def digest(source: Source) -> str:
+    """sha256 of the file's bytes, or of an array's type, shape and values."""
+    if isinstance(source, str | Path):
+        return hashlib.sha256(read_bytes(source)).hexdigest()
+    array = np.ascontiguousarray(source)
+    mode = source.mode if isinstance(source, Image.Image) else ""
+    head = f"{mode}{array.dtype}{array.shape}".encode()
+    return hashlib.sha256(head + array.tobytes()).hexdigest()
+
+
+def read_bytes(path: str | Path) -> bytes:
+    """The bytes of a file that is there and not empty."""
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise ImageError(str(path), f"cannot be read ({error.strerror})") from error
+    if not data:
+        raise ImageError(str(path), "is empty (0 bytes)")
+    return data
+
+
+def open_image(source: Source, name: str | None = None, data: bytes | None = None) -> Image.Image:
+    """The image as RGB: turned by EXIF, alpha laid on white, 16 bits scaled to 8.
+
+    `data` are the file's bytes where the caller has read them. Raises `ImageError`.
+    """
+    name = name or name_of(source, 0)
+    if isinstance(source, str | Path):
+        image = _decoded(data or read_bytes(source), name)
+    elif isinstance(source, Image.Image):
+        image = _loaded(source, name)
+    else:
+        image = _from_array(np.asarray(source), name)
+    if min(image.size) < SMALLEST:
+        raise ImageError(name, f"is {image.size[0]}×{image.size[1]} px: at least {SMALLEST} needed")
+    return _as_rgb(image, name)
+
+
+def load_image(
+    source: Source,
+    size: int,
+    resize: Resize = "stretch",
+    *,
+    name: str | None = None,
+    data: bytes | None = None,
+) -> Pixels:
+    """The image at `size` x `size` px, (S, S, 3), Pillow BICUBIC with antialiasing.
+
+    `stretch` brings the whole image to the square, `square` its centre square.
+    """
+    image = squared(open_image(source, name, data), resize)
+    if image.size != (size, size):
+        image = image.resize((size, size), Image.Resampling.BICUBIC)
+    return np.asarray(image)
+
+
+def load_mask(path: str | Path, size: int, resize: Resize = "stretch") -> NDArray[np.bool_]:
+    """The mask at `size` x `size`: true where at least half of the block is mask.
+
+    A mask that would vanish so keeps its pixels of largest coverage.
+    """
+    name = str(path)
+    grey = _as_rgb(_decoded(read_bytes(path), name), name).convert("L")
+    values = np.asarray(squared(grey, resize))
+    mask = values > (127 if values.max() > 127 else 0)  # dark masks hold class numbers
+    cover = _shares(mask.shape[0], size) @ mask @ _shares(mask.shape[1], size).T
+    kept: NDArray[np.bool_] = cover >= 0.5 - 1e-6
+    if not kept.any() and cover.max() > 0:
+        kept = cover >= cover.max() - 1e-6
+    return kept
+
+
+def _shares(length: int, size: int) -> NDArray[np.float64]:
+    """Which share of each of `size` equal blocks each of `length` pixels fills, (size, length)."""
+    edges = np.arange(size + 1) * (length / size)
+    pixel = np.arange(length)
+    first = np.maximum(edges[:-1, None], pixel)
+    last = np.minimum(edges[1:, None], pixel + 1)
+    shares: NDArray[np.float64] = (last - first).clip(0) / (length / size)
+    return shares
+
+
+def squared(image: Image.Image, resize: Resize) -> Image.Image:
+    """The centre square for `square`, the image itself for `stretch`."""
+    if resize == "stretch":
+        return image
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    return image.crop((left, top, left + side, top + side))
+
+
+def _decoded(data: bytes, name: str) -> Image.Image:
+    try:
+        with _FILTERS, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            image = Image.open(io.BytesIO(data))  # the header only
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        limit = (Image.MAX_IMAGE_PIXELS or 0) // 1_000_000
+        raise ImageError(name, f"has more than {limit} megapixels (decompression bomb?)") from error
+    except UnidentifiedImageError as error:
+        raise ImageError(name, "is not an image that Pillow can open") from error
+    except Exception as error:  # Pillow's parsers raise anything from OSError to struct.error
+        raise ImageError(name, f"is damaged: {_first_line(error)}") from error
+    return _loaded(image, name)
+
+
+def _loaded(image: Image.Image, name: str) -> Image.Image:
+    """Decoded and turned as its EXIF says; EXIF that makes no sense is no reason to refuse."""
+    try:
+        image.load()
+    except Exception as error:  # as above
+        raise ImageError(name, f"is damaged: {_first_line(error)}") from error
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:
+        return image
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def _as_rgb(image: Image.Image, name: str) -> Image.Image:
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        image = _scaled(image, name)
+    if image.mode == "La":
+        image = image.convert("LA")
+    if image.mode in ("RGBA", "LA", "PA", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _scaled(image: Image.Image, name: str) -> Image.Image:
+    """Grey of 16 bits or float to 8 bits by the range of its type, never by its own range."""
+    values = np.asarray(image)
+    if image.mode == "F":
+        return Image.fromarray(_from_float(values, name))
+    if values.min() < 0 or values.max() > 65535:
+        raise ImageError(name, f"has values {values.min()}…{values.max()}: 16 bits hold 0…65535")
+    return Image.fromarray((values / 257).round().astype(np.uint8))
+
+
+def _from_array(array: NDArray[Any], name: str) -> Image.Image:
+    grey = array.ndim == 2 or (array.ndim == 3 and array.shape[2] == 1)
+    if not grey and not (array.ndim == 3 and array.shape[2] in (3, 4)):
+        raise ImageError(name, f"has shape {array.shape}: (H, W), (H, W, 3) or (H, W, 4) is needed")
+    if array.size == 0:
+        raise ImageError(name, "has no pixels")
+    if array.dtype == np.uint16:
+        array = (array / 257).round().astype(np.uint8)
+    elif np.issubdtype(array.dtype, np.floating):
+        array = _from_float(array, name)
+    elif array.dtype == np.bool_:
+        array = array.astype(np.uint8) * 255
+    elif array.dtype != np.uint8:
+        raise ImageError(
+            name, f"has type {array.dtype}: uint8, uint16 or float in [0, 1] is needed"
+        )
+    return Image.fromarray(
+        np.ascontiguousarray(array[:, :, 0] if array.ndim == 3 and grey else array)
+    )
+
+
+def _from_float(array: NDArray[Any], name: str) -> Pixels:
+    if not np.isfinite(array).all():
+        raise ImageError(name, "has values that are not finite (NaN or infinity)")
+    if array.min() < -1e-6 or array.max() > 1 + 1e-6:
+        raise ImageError(name, f"has values {array.min():g}…{array.max():g}: floats lie in [0, 1]")
+    scaled: Pixels = (array.clip(0, 1) * 255).round().astype(np.uint8)
+    return scaled

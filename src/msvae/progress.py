@@ -1,0 +1,30 @@
+"""How long work reports itself without printing: the caller hands in a `Progress`."""
+
+from collections.abc import Iterable, Iterator
+from typing import Protocol, TypeVar
+
+T = TypeVar("T")
+
+
+class Progress(Protocol):
+    """Watches over an iteration; `cli` gives one that draws bars, the library's own is silent."""
+
+    def track(self, items: Iterable[T], task: str, total: int) -> Iterator[T]:
+        """Yield the items one by one; `total` of them make the `task`."""
+        ...
+
+    def note(self, text: str) -> None:
+        """Show a few words (the current loss, say) beside the running task."""
+        ...
+
+
+class Silent:
+    """The `Progress` that shows nothing."""
+
+    def track(self, items: Iterable[T], task: str, total: int) -> Iterator[T]:
+        """Yield the items."""
+        del task, total
+        yield from items
+
+    def note(self, text: str) -> None:
+        """Say nothing."""

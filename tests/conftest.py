@@ -1,0 +1,16 @@
+"""What several test files share."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The folder of real data sets; the test is skipped where there is none."""
+    default = Path(__file__).parents[2] / "shared" / "data"
+    folder = Path(os.environ.get("MSVAE_DATA", default))
+    if not folder.is_dir():
+        pytest.skip(f"needs the real data sets: {folder} is absent, set MSVAE_DATA")
+    return folder

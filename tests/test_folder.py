@@ -1,0 +1,135 @@
+"""Folders, lists and globs become paths and labelled samples."""
+
+from pathlib import Path
+
+import pytest
+
+from msvae.data.folder import find_images, find_labelled, find_pairs
+from msvae.errors import DataError
+
+
+def tree(root: Path, *names: str) -> Path:
+    for name in names:
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    return root
+
+
+MVTEC = (
+    "train/good/0.png",
+    "train/good/1.png",
+    "test/good/0.png",
+    "test/cut/0.png",
+    "test/cut/1.png",
+    "ground_truth/cut/0_mask.png",
+    "ground_truth/cut/1.png",
+)
+
+
+def names(paths, root):
+    return [p.relative_to(root).as_posix() for p in paths]
+
+
+def test_train_good_and_nothing_else(tmp_path):
+    """Of an MVTec tree exactly train/good is taken, and the note says so."""
+    found = find_images(tree(tmp_path, *MVTEC))
+    assert names(found.paths, tmp_path) == ["train/good/0.png", "train/good/1.png"]
+    assert "train/good" in found.note
+    assert "2 images" in found.note
+
+
+def test_recursion_sorted_without_hidden_files_and_masks(tmp_path):
+    """Everything below counts, but hidden things, other files, and PNGs beside a photo."""
+    tree(tmp_path, "b/2.JPG", "a/1.png", "a/.x.png", ".git/3.png", "n.txt", "c/4.jpg", "c/4.png")
+    found = find_images(str(tmp_path))
+    assert names(found.paths, tmp_path) == ["a/1.png", "b/2.JPG", "c/4.jpg"]
+    assert "1 masks skipped" in found.note
+
+
+def test_lists_globs_and_single_files(tmp_path):
+    """A list may hold files, folders and globs; what is named twice counts once."""
+    tree(tmp_path, "a/1.png", "a/2.png", "b/3.png", "b/x.txt")
+    assert len(find_images(f"{tmp_path}/*/*").paths) == 3
+    assert len(find_images(f"{tmp_path}/**/*.png").paths) == 3
+    assert find_images(tmp_path / "a" / "1.png").paths == (tmp_path / "a" / "1.png",)
+    assert len(find_images([tmp_path / "a", f"{tmp_path}/*/1.png"]).paths) == 2
+
+
+@pytest.mark.parametrize(
+    "where, reason",
+    [("nothing", "no such"), ("empty", "holds no images"), ("*.png", "matches no image")],
+)
+def test_nothing_found_is_said(tmp_path, where, reason):
+    """No such path, an empty folder, and a pattern without a match have each their words."""
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match=reason):
+        find_images(str(tmp_path / where))
+    with pytest.raises(DataError, match="list of images is empty"):
+        find_images([])
+
+
+def test_labelled_tree(tmp_path):
+    """test/good is 0, test/<defect> is 1 with its mask by either name."""
+    samples = find_labelled(tree(tmp_path, *MVTEC))
+    assert [(s.label, s.kind, s.mask and s.mask.name) for s in samples] == [
+        (1, "cut", "0_mask.png"),
+        (1, "cut", "1.png"),
+        (0, "good", None),
+    ]
+
+
+def test_a_tree_without_masks_serves(tmp_path):
+    """Image figures need no masks."""
+    samples = find_labelled(tree(tmp_path, "test/good/0.png", "test/cut/0.png"))
+    assert [s.mask for s in samples] == [None, None]
+
+
+@pytest.mark.parametrize(
+    "extra, reason",
+    [
+        ("ground_truth/cut/9_mask.png", "mask without an image"),
+        ("test/cut/9.png", "has no mask"),
+    ],
+)
+def test_masks_and_images_must_pair(tmp_path, extra, reason):
+    """A mask without its image, or one image without a mask, is refused by name."""
+    with pytest.raises(DataError, match=reason):
+        find_labelled(tree(tmp_path, *MVTEC, extra))
+
+
+@pytest.mark.parametrize("left", [(), ("test/good/0.png",), ("test/cut/0.png",), ("a.png",)])
+def test_another_layout_is_refused(tmp_path, left):
+    """Without test/good and a defect folder the user hears of --normal and --anomalous."""
+    with pytest.raises(DataError, match="--normal"):
+        find_labelled(tree(tmp_path, *left))
+    with pytest.raises(DataError, match="no such folder"):
+        find_labelled(tmp_path / "nothing")
+
+
+def test_pairs_of_folders(tmp_path):
+    """Two folders give labels; masks come from a third folder or from beside the images."""
+    tree(tmp_path, "n/0.png", "a/1.jpg", "a/1.png", "a/2.jpg", "m/1_mask.png", "m/2.png")
+    beside = find_pairs(tmp_path / "n", tmp_path / "a")
+    assert [(s.path.name, s.label) for s in beside] == [("0.png", 0), ("1.jpg", 1), ("2.jpg", 1)]
+    assert [s.mask and s.mask.name for s in beside] == [None, "1.png", None]
+    third = find_pairs(tmp_path / "n", tmp_path / "a", tmp_path / "m")
+    assert [s.mask and s.mask.name for s in third] == [None, "1_mask.png", "2.png"]
+
+
+def test_pairs_refuse_masks_that_fit_nothing(tmp_path):
+    """A masks folder that is empty or speaks of other images is refused."""
+    tree(tmp_path, "n/0.png", "a/1.jpg", "m/7.png")
+    with pytest.raises(DataError, match="mask without an image"):
+        find_pairs(tmp_path / "n", tmp_path / "a", tmp_path / "m")
+    with pytest.raises(DataError, match="no masks"):
+        find_pairs(tmp_path / "n", tmp_path / "a", tmp_path / "nothing")
+
+
+def test_bottle(data_dir):
+    """The real MVTec category is found whole."""
+    root = data_dir / "mvtec-256" / "bottle"
+    assert len(find_images(root).paths) == 209
+    samples = find_labelled(root)
+    assert sum(s.label == 0 for s in samples) == 20
+    assert sum(s.label == 1 and s.mask is not None for s in samples) == 63
