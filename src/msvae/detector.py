@@ -1,0 +1,281 @@
+"""Model, scores, fusion and calibration, frozen: images -> ScoreTable.
+
+The one object that users hold. It chooses the device, decodes in the background while the model
+computes, and leaves printing and files to others.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from msvae import explain, references, store
+from msvae.calibration import Calibration, Decision, rank
+from msvae.config import Config, from_dict
+from msvae.data.images import Source, load_image, name_of
+from msvae.errors import DataError, ImageError, RunError
+from msvae.explanation import Explanation
+from msvae.model import VAE
+from msvae.progress import Progress, Silent
+from msvae.references import References
+from msvae.scorer import Scorer
+from msvae.table import ScoreTable
+from msvae.tensors import flatten, unflatten
+from msvae.train import choose_device, to_batch
+
+BATCH = 64
+WORKERS = 2
+
+Pixels = NDArray[np.uint8]
+Maps = dict[str, NDArray[np.float32]]
+EachMap = Callable[[str, Maps], None]  # the image's name, its maps (H, W)
+
+
+@dataclass(frozen=True)
+class Scan:
+    """The outcome of scoring many images: a row for each that was read, a reason for the others."""
+
+    table: ScoreTable
+    quarantine: tuple[ImageError, ...]
+    maps: Maps = field(default_factory=dict)  # each (N, H, W) at the model's resolution
+
+
+@dataclass(frozen=True)
+class Detector:
+    """A fitted detector; make one with `msvae.fit` or `msvae.load`."""
+
+    config: Config
+    model: VAE
+    scorer: Scorer
+    calibration: Calibration
+    decision: Decision
+    references: References | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model lives."""
+        return next(self.model.parameters()).device
+
+    def score(
+        self, images: Source | Sequence[Source], *, target_fpr: float | None = None
+    ) -> ScoreTable:
+        """Scores, p-values and decisions of images: paths, PIL images, uint8 or float HWC arrays.
+
+        Raises `ImageError` for the first image that cannot be used; `scan` goes on instead.
+        """
+        several: list[Any] = [images] if _is_one(images) else list(images)  # type: ignore[arg-type]
+        scan = self.scan(several, target_fpr=target_fpr)
+        if scan.quarantine:
+            raise scan.quarantine[0]
+        return scan.table
+
+    def explain(self, image: Source, *, gradcam: bool = True) -> Explanation:
+        """Why this image: its maps, regions, shares and nearest normals; shows itself in a notebook.
+
+        Raises `ImageError` when the image cannot be used.
+        """
+        return explain.explain(self, image, gradcam=gradcam)
+
+    def scan(
+        self,
+        sources: Sequence[Source],
+        *,
+        target_fpr: float | None = None,
+        with_maps: bool = False,
+        each_map: EachMap | None = None,
+        progress: Progress | None = None,
+    ) -> Scan:
+        """Score many images; those that cannot be used are listed with the reason.
+
+        `with_maps` keeps every map; `each_map` is called with each name and its maps instead, so
+        that the maps of very many images need no memory.
+        """
+        if target_fpr is not None:
+            rank(target_fpr, self.calibration.n)
+        if not len(sources):
+            raise DataError("no image was given: name at least one")
+        names: list[str] = []
+        refused: list[ImageError] = []
+        batches = self._decoded(sources, progress or Silent(), names, refused)
+        given = 0
+
+        def hand_out(maps: Maps) -> None:
+            nonlocal given
+            for i in range(len(maps["fused"])):
+                if each_map is not None:
+                    each_map(names[given + i], {k: v[i] for k, v in maps.items()})
+            given += len(maps["fused"])
+
+        each = None if each_map is None else hand_out
+        scores, maps = run(self.model, self.scorer, batches, with_maps=with_maps, each=each)
+        if not names:
+            raise DataError(f"none of {len(sources)} images could be read, first {refused[0]}")
+        return Scan(self.table(names, scores, target_fpr=target_fpr), tuple(refused), maps)
+
+    def table(
+        self, names: Sequence[str], scores: dict[str, Any], *, target_fpr: float | None = None
+    ) -> ScoreTable:
+        """Scores with their p-values and the decision."""
+        p_values = self.calibration.p_values(scores)
+        decision = self.decision.at(target_fpr)
+        return ScoreTable(
+            paths=tuple(names),
+            scores=scores,
+            p_values=p_values,
+            p=p_values["fused"],
+            flagged=decision.flags(scores, p_values["fused"]),
+        )
+
+    def run(
+        self, batches: Iterable[Pixels], *, with_maps: bool = False
+    ) -> tuple[dict[str, NDArray[np.float64]], Maps]:
+        """Every score, and every map if asked for, of batches of pixels (B, S, S, 3)."""
+        return run(self.model, self.scorer, batches, with_maps=with_maps)
+
+    def _decoded(
+        self,
+        sources: Sequence[Source],
+        progress: Progress,
+        names: list[str],
+        refused: list[ImageError],
+    ) -> Iterator[Pixels]:
+        """Batches of decoded images, the next ones decoded while the model works on these."""
+        c = self.config.model
+
+        def one(index: int) -> Pixels | ImageError:
+            try:
+                return load_image(sources[index], c.image_size, c.resize)
+            except ImageError as error:
+                return error
+
+        with ThreadPoolExecutor(WORKERS) as pool:
+            starts = range(0, len(sources), BATCH)
+            chunks = [range(s, min(s + BATCH, len(sources))) for s in starts]
+            ahead = [pool.map(one, chunks[0])]
+            ticks = iter(progress.track(range(len(sources)), "scoring", len(sources)))
+            for i, chunk in enumerate(chunks):
+                if i + 1 < len(chunks):
+                    ahead.append(pool.map(one, chunks[i + 1]))
+                good = []
+                for index, pixels in zip(chunk, ahead.pop(0), strict=True):
+                    next(ticks, None)
+                    if isinstance(pixels, ImageError):
+                        refused.append(pixels)
+                    else:
+                        names.append(name_of(sources[index], index))
+                        good.append(pixels)
+                if good:
+                    yield np.stack(good)
+            next(ticks, None)
+
+    def recalibrated(self, calibration: Calibration, decision: Decision) -> "Detector":
+        """The same model and scores with other thresholds."""
+        facts = {**self.facts, "decision": asdict(decision), "n_conformal": calibration.n}
+        return replace(self, calibration=calibration, decision=decision, facts=facts)
+
+    def save_calibration(self, folder: Path) -> None:
+        """Put this detector's calibration and decision into its run folder."""
+        changes = {k: self.facts[k] for k in ("decision", "n_conformal")}
+        store.update_run(folder, changes, "calibration.safetensors", self._calibration_tensors())
+
+    def _calibration_tensors(self) -> dict[str, Tensor]:
+        c = self.calibration
+        return {
+            **flatten(self.scorer, "scorer."),
+            **{f"conformal.{k}": torch.from_numpy(v) for k, v in c.scores.items()},
+            **{f"peaks.{k}": torch.from_numpy(v) for k, v in c.peaks.items()},
+        }
+
+    def save(self, folder: Path, tables: dict[str, Any], documents: dict[str, Any]) -> None:
+        """Write the run folder (DESIGN: a run is a folder)."""
+        tensors: dict[str, dict[str, Tensor]] = {
+            "model.safetensors": self.model.state_dict(),
+            "calibration.safetensors": self._calibration_tensors(),
+        }
+        if self.references is not None:
+            tensors["references.safetensors"] = references.to_tensors(self.references)
+        store.save_run(folder, self.facts, tensors, tables, documents)
+
+
+def load(folder: str | Path, device: torch.device | None = None) -> Detector:
+    """The detector of a run folder; `RunError` says what is wrong with one that cannot serve."""
+    folder = Path(folder)
+    facts = store.read_facts(folder)
+    store.check_run(folder, facts)
+    device = device or choose_device()
+    config = from_dict(facts["config"])
+    model = VAE(config.model)
+    _load_weights(model, folder)
+    model = model.to(device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
+    tensors = store.read_tensors(folder / "calibration.safetensors")
+    scorer = unflatten(Scorer, tensors, "scorer.")
+    return Detector(
+        config=config,
+        model=model,
+        scorer=scorer.on(device),
+        calibration=_calibration_of(tensors),
+        decision=Decision(**facts["decision"]),
+        references=references.read(folder),
+        facts=facts,
+    )
+
+
+@torch.inference_mode()
+def run(
+    model: VAE,
+    scorer: Scorer,
+    batches: Iterable[Pixels],
+    *,
+    with_maps: bool = False,
+    each: Callable[[Maps], None] | None = None,
+) -> tuple[dict[str, NDArray[np.float64]], Maps]:
+    """Every score (N,), and every map (N, H, W) if asked for, of batches of pixels (B, S, S, 3).
+
+    `each` is called with the maps of each batch.
+    """
+    device = next(model.parameters()).device
+    scores: dict[str, list[NDArray[np.float64]]] = {}
+    maps: dict[str, list[NDArray[np.float32]]] = {}
+    for pixels in batches:
+        e = model.evidence(to_batch(pixels, device))
+        found = scorer.maps(e)
+        for name, value in scorer(e, found).items():
+            scores.setdefault(name, []).append(value.numpy())
+        if not with_maps and each is None:
+            continue
+        arrays = {name: value.cpu().numpy() for name, value in found.items()}
+        if each is not None:
+            each(arrays)
+        for name, array in arrays.items() if with_maps else ():
+            maps.setdefault(name, []).append(array)
+    return (
+        {name: np.concatenate(parts) for name, parts in scores.items()},
+        {name: np.concatenate(parts) for name, parts in maps.items()},
+    )
+
+
+def _is_one(images: Source | Sequence[Source]) -> bool:
+    return isinstance(images, str | Path | np.ndarray) or hasattr(images, "convert")
+
+
+def _load_weights(model: VAE, folder: Path) -> None:
+    try:
+        model.load_state_dict(store.read_tensors(folder / "model.safetensors"))
+    except RuntimeError as error:
+        raise RunError(f"{folder}: weights and settings disagree: fit it again") from error
+
+
+def _calibration_of(tensors: dict[str, Tensor]) -> Calibration:
+    def under(prefix: str) -> dict[str, NDArray[np.float64]]:
+        return {
+            k.removeprefix(prefix): v.numpy() for k, v in tensors.items() if k.startswith(prefix)
+        }
+
+    return Calibration(under("conformal."), under("peaks."))

@@ -1,0 +1,298 @@
+"""Why an image was flagged: maps at its own size, Grad-CAM, regions, shares and nearest normals."""
+
+from collections.abc import Callable, Sequence
+from itertools import combinations
+from math import factorial
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+
+from msvae import maps, scores
+from msvae.calibration import Calibration, conformal_p
+from msvae.config import Config, Resize
+from msvae.data.images import Pixels, Source, load_image, name_of, open_image
+from msvae.errors import ImageError
+from msvae.evidence import Evidence
+from msvae.explanation import Explanation, Nearest, Region, placed
+from msvae.model import VAE
+from msvae.pictures import Map
+from msvae.progress import Progress, Silent
+from msvae.references import References
+from msvae.scorer import EXPERTS, Scorer
+from msvae.table import ScoreTable
+from msvae.train import to_batch
+
+BATCH = 32
+FAMILY_WISE = 0.01  # P(any pixel of a normal image reaches the level)
+CAM_SCORES = ("fused", "mahalanobis", "reconstruction", "kl")
+NEAREST = 4
+
+
+class Explainable(Protocol):
+    """What of a detector is needed to explain its decisions."""
+
+    @property
+    def config(self) -> Config:
+        """The settings."""
+
+    @property
+    def model(self) -> VAE:
+        """The network."""
+
+    @property
+    def scorer(self) -> Scorer:
+        """What the scores need besides the evidence."""
+
+    @property
+    def calibration(self) -> Calibration:
+        """The scores and map maxima of held-out normal images."""
+
+    @property
+    def references(self) -> References | None:
+        """What is kept of the training images."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model lives."""
+
+    def table(self, names: Sequence[str], scores: dict[str, Any]) -> ScoreTable:
+        """Scores with their p-values and the decision."""
+
+
+def explain(detector: Explainable, image: Source, *, gradcam: bool = True) -> Explanation:
+    """One image explained; raises `ImageError` when it cannot be used."""
+    done, refused = explain_many(detector, [image], gradcam=gradcam)
+    if refused:
+        raise refused[0]
+    return done[0]
+
+
+def explain_many(
+    detector: Explainable,
+    sources: Sequence[Source],
+    *,
+    gradcam: bool = True,
+    progress: Progress | None = None,
+) -> tuple[list[Explanation], list[ImageError]]:
+    """Every image that can be read explained, in order; the reasons of the others."""
+    c, refused = detector.config.model, list[ImageError]()
+    read: list[tuple[str, Pixels, Pixels]] = []
+    done: list[Explanation] = []
+    ticks = (progress or Silent()).track(sources, "explaining", len(sources))
+    for i, source in enumerate(ticks):
+        try:
+            whole = open_image(source, name_of(source, i))
+            small = load_image(whole, c.image_size, c.resize)
+            read.append((name_of(source, i), np.asarray(whole), small))
+        except ImageError as error:
+            refused.append(error)
+        if len(read) == BATCH or i == len(sources) - 1:
+            done += _explain_batch(detector, read, gradcam) if read else []
+            read = []
+    return done, refused
+
+
+def _explain_batch(
+    detector: Explainable, read: Sequence[tuple[str, Pixels, Pixels]], gradcam: bool
+) -> list[Explanation]:
+    x = to_batch(np.stack([small for _, _, small in read]), detector.device)
+    with torch.no_grad():
+        e = detector.model.evidence(x)
+        found = detector.scorer.maps(e)
+        values = {k: v.numpy() for k, v in detector.scorer(e, found).items()}
+        found["difference"] = maps.signed_difference(e)
+        shares = shapley(detector.scorer, e)
+    if gradcam:
+        found |= {f"gradcam_{k}": v for k, v in gradcams(detector, x, e).items()}
+    arrays = {k: v.cpu().numpy().astype(np.float32) for k, v in found.items()}
+    drawn = (e.recon.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    table = detector.table([name for name, _, _ in read], values)
+    near = nearest(detector, e)
+    return [
+        _one(detector, table, i, image, drawn[i], {k: v[i] for k, v in arrays.items()},
+             {k: float(v[i]) for k, v in shares.items()}, near[i])
+        for i, (_, image, _) in enumerate(read)
+    ]  # fmt: skip
+
+
+def _one(
+    detector: Explainable,
+    table: ScoreTable,
+    row: int,
+    image: Pixels,
+    drawn: Pixels,
+    found: dict[str, Map],
+    shares: dict[str, float],
+    near: tuple[Nearest, ...],
+) -> Explanation:
+    peaks = detector.calibration.peaks["fused"]
+    level, rate = detector.calibration.map_level(FAMILY_WISE)
+    flagged = False if table.flagged is None else bool(table.flagged[row])
+    return Explanation(
+        name=table.paths[row],
+        image=image,
+        resize=detector.config.model.resize,
+        reconstruction=drawn,
+        model_maps=found,
+        level=level,
+        level_rate=rate,
+        peaks=peaks,
+        regions=regions(found["fused"], level, peaks, image, detector.config.model.resize),
+        scores={k: float(v[row]) for k, v in table.scores.items()},
+        p_values={k: float(v[row]) for k, v in table.p_values.items()},
+        flagged=flagged,
+        contributions=shares,
+        nearest=near,
+        notes=_notes(detector, len(peaks), rate),
+    )
+
+
+def _notes(detector: Explainable, n: int, rate: float) -> tuple[str, ...]:
+    notes = []
+    if rate > FAMILY_WISE:
+        notes.append(
+            f"{n} calibration images cannot keep a 1 % level: regions are drawn at "
+            f"1/{n + 1} = {100 * rate:.1f} % of normal images instead"
+        )
+    if detector.references is None:
+        notes.append("the run holds no references: the nearest normal images cannot be shown")
+    return tuple(notes)
+
+
+def regions(
+    fused: Map, level: float, peaks: NDArray[np.float64], image: Pixels, resize: Resize
+) -> tuple[Region, ...]:
+    """The 8-connected regions of the fused map (S, S) at or above `level`, highest peak first."""
+    from skimage.measure import label, regionprops
+
+    rows, columns = image.shape[:2]
+    if not (fused >= level).any():
+        return ()
+    values = placed(fused, rows, columns, resize)
+    inside = np.nan_to_num(values, nan=-np.inf) >= level
+    if not inside.any():  # a shrunken image may lose a peak of one pixel
+        return ()
+    found = []
+    for part in regionprops(label(inside, connectivity=2), intensity_image=values):
+        top, left, bottom, right = part.bbox
+        peak = float(part.intensity_max)
+        p = float(conformal_p(np.array([peak]), peaks)[0])
+        box = (int(left), int(top), int(right), int(bottom))
+        found.append(Region(box, int(part.area), peak, p))
+    return tuple(sorted(found, key=lambda r: -r.peak))
+
+
+def gradcams(detector: Explainable, x: Tensor, e: Evidence) -> dict[str, Tensor]:
+    """Grad-CAM of each score in `CAM_SCORES` for images (B, 3, S, S), (B, S, S), signed.
+
+    Σ_k w_k A_k of the encoder map at a quarter of the side or the coarsest above it, w_k the mean
+    gradient of the *score* by the channel (Selvaraju et al. 2017, eq. 1 and 2, without the
+    rectifier): above 0 where the evidence raises the score. The companion has an encoder of its
+    own: its verdicts are held fixed.
+    """
+    from captum.attr import LayerGradCam
+
+    scorer, model = detector.scorer, detector.model
+    stage = max(1, sum(f.shape[-1] >= x.shape[-1] // 8 for f in e.features)) - 1
+    out = {}
+    for name in CAM_SCORES:
+        score = _differentiable(scorer, name, e)
+        cam = LayerGradCam(lambda inputs, f=score: f(model(inputs)), model.stages[stage])
+        # captum forwards the whole batch; a score of an image depends on that image alone
+        given = cam.attribute(x.detach(), relu_attributions=False)
+        if isinstance(given, tuple):
+            given = given[0]
+        side = x.shape[-1]
+        out[name] = F.interpolate(given, (side, side), mode="bilinear", align_corners=False)[:, 0]
+    return {k: v.detach() for k, v in out.items()}
+
+
+def _differentiable(scorer: Scorer, name: str, known: Evidence) -> Callable[[Evidence], Tensor]:
+    """The score as a function of the VAE's evidence, (B,); the companion's part is the known one."""
+
+    def whole(e: Evidence) -> Tensor:
+        joined = e._replace(embedding=known.embedding, pretext=known.pretext)
+        return scorer(joined)[name].float()
+
+    direct: dict[str, Callable[[Evidence], Tensor]] = {
+        "mahalanobis": scorer.mahalanobis,
+        "reconstruction": scores.reconstruction,
+        "kl": scores.kl,
+    }
+    return direct.get(name, whole)
+
+
+GROUPS = {
+    "residual bands": slice(0, 8),
+    "image bands": slice(8, 16),
+    "latent": slice(16, 20),
+    "latent distance": slice(20, 21),
+}
+
+
+def shapley(scorer: Scorer, e: Evidence) -> dict[str, Tensor]:
+    """How much each group of evidence contributed to the fused score, (B,) each, nats.
+
+    Exact Shapley values (Shapley 1953): they and "ordinary image" add up to the score. A group that
+    is left out takes the value it has for the median normal image. The fused score is a sum over
+    the experts, so each expert is a game of its own; the density of the statistics is played over
+    all coalitions of their four groups.
+    """
+    values = scorer(e)
+    experts = torch.stack([values[k] for k in EXPERTS], dim=1)
+    parts = scorer.fusion.parts(experts)
+    shares = {k: parts[:, i] for i, k in enumerate(EXPERTS) if k != "typicality"}
+    z = scorer.typicality.quantiles(scorer.statistics(e, values["mahalanobis"]))
+    kept = scorer.typicality.quantiles.kept.tolist()
+    columns = {
+        name: [i for i, k in enumerate(kept) if s.start <= k < s.stop] for name, s in GROUPS.items()
+    }
+
+    def play(coalition: frozenset[str]) -> Tensor:
+        seen = torch.zeros_like(z)
+        for name in coalition:
+            seen[:, columns[name]] = z[:, columns[name]]
+        others = experts.clone()
+        others[:, 0] = scorer.typicality.density(seen)
+        return scorer.fusion.parts(others)[:, 0]
+
+    games = {c: play(c) for c in _coalitions(tuple(GROUPS))}
+    shares |= {name: _shapley_value(name, games, len(GROUPS)) for name in GROUPS}
+    shares["ordinary image"] = games[frozenset()]
+    return shares
+
+
+def _coalitions(players: tuple[str, ...]) -> list[frozenset[str]]:
+    sizes = range(len(players) + 1)
+    return [frozenset(c) for size in sizes for c in combinations(players, size)]
+
+
+def _shapley_value(player: str, games: dict[frozenset[str], Tensor], n: int) -> Tensor:
+    total = torch.zeros_like(games[frozenset()])
+    for coalition, value in games.items():
+        if player not in coalition:
+            weight = factorial(len(coalition)) * factorial(n - len(coalition) - 1) / factorial(n)
+            total = total + weight * (games[coalition | {player}] - value)
+    return total
+
+
+def nearest(detector: Explainable, e: Evidence) -> list[tuple[Nearest, ...]]:
+    """The reference images nearest in the whitened latent space, for each image of the batch."""
+    references = detector.references
+    if references is None:
+        return [()] * len(e.mu)
+    whiten = detector.scorer.mahalanobis.whiten.cpu()
+    gaps = torch.cdist(e.mu.cpu() @ whiten, references.latents @ whiten)
+    found = gaps.topk(min(NEAREST, len(references.names)), dim=1, largest=False)
+    return [
+        tuple(_reference(references, i, d) for i, d in zip(rows, distances, strict=True))
+        for rows, distances in zip(found.indices.tolist(), found.values.tolist(), strict=True)
+    ]
+
+
+def _reference(references: References, row: int, distance: float) -> Nearest:
+    return Nearest(references.names[row], distance, references.thumbnails[row].numpy())

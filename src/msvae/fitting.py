@@ -1,0 +1,309 @@
+"""From a folder of normal images to a run: decode, split, train, learn scores, calibrate, save.
+
+Test images cannot come in here: `Parts` holds train, stop and conformal pixels and nothing else.
+"""
+
+import platform
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from msvae import config as settings
+from msvae import files, store
+from msvae.calibration import Calibration, Decision, rank
+from msvae.config import Config
+from msvae.data.cache import decode, default_cache_dir
+from msvae.data.folder import find_images
+from msvae.data.images import Source
+from msvae.data.split import group_names, split_by_content
+from msvae.detector import BATCH, Detector, Pixels, run
+from msvae.errors import ConfigError, ImageError, RunError
+from msvae.model import VAE
+from msvae.progress import Progress, Silent
+from msvae.references import References
+from msvae.scorer import learn
+from msvae.scores import direction
+from msvae.table import write_quarantine
+from msvae.train import State, choose_device, to_batch, train
+
+REFERENCES = 1000  # training images whose thumbnails are kept
+THUMBNAIL = 32
+
+GroupBy = str | Callable[[Sequence[str]], list[str]]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Decoded normal images of one purpose."""
+
+    pixels: Pixels  # (N, S, S, 3)
+    names: tuple[str, ...]
+    digests: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The normal images of a fit; what is trained on, stopped on and calibrated on never mixes."""
+
+    train: Part
+    stop: Part
+    conformal: Part
+
+    def rows(self) -> list[dict[str, str]]:
+        """One row an image, as in `split.csv`."""
+        return [
+            {"path": name, "part": part, "sha256": digest}
+            for part in ("train", "stop", "conformal")
+            for name, digest in zip(
+                getattr(self, part).names, getattr(self, part).digests, strict=True
+            )
+        ]
+
+
+def fit(
+    images: str | Path | Sequence[Source],
+    out: str | Path | None = None,
+    *,
+    preset: str = "default",
+    config: Config | None = None,
+    settings_changed: Mapping[str, Any] | None = None,
+    group_by: GroupBy | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    say: Callable[[str], None] = lambda text: None,
+) -> Detector:
+    """Learn from a folder, list or glob of normal images, or from arrays and PIL images.
+
+    `out` is the run folder to write; without it the detector lives in memory only. `config` (or the
+    named `preset`), with single `settings_changed` by name, decides the rest. `group_by` is a
+    regular expression on the path (images with the same match stay in the same part), or a function
+    from all names to their groups. `resume`
+    continues an interrupted fit of the same images and settings. `say` hears what is chosen.
+
+    Raises `DataError`, `ConfigError`, `RateError` or `RunError`, each with the remedy.
+    """
+    chosen = (config or settings.preset(preset)).replace(**(settings_changed or {}))
+    progress = progress or Silent()
+    folder = None if out is None else Path(out)
+    if folder is not None:
+        check_free(folder, resume=resume, overwrite=overwrite)
+    parts, refused = split_images(images, chosen, group_by, progress, say)
+    detector = fit_parts(parts, chosen, folder, resume=resume, progress=progress, say=say)
+    if folder is not None and refused:
+        write_quarantine(folder / "quarantine.csv", refused)
+        say(f"{len(refused)} images could not be read: {folder / 'quarantine.csv'} names them")
+    return detector
+
+
+def check_free(folder: Path, *, resume: bool, overwrite: bool) -> None:
+    """Raise `RunError` where a finished run would be written over unasked."""
+    if store.is_run(folder) and not overwrite:
+        raise RunError(f"{folder}: holds a finished run: choose another --out, or add --overwrite")
+    if resume and not (folder / store.CHECKPOINT).is_file():
+        raise RunError(f"{folder}: has no checkpoint to resume from: leave out --resume")
+
+
+def split_images(
+    images: str | Path | Sequence[Source],
+    config: Config,
+    group_by: GroupBy | None,
+    progress: Progress,
+    say: Callable[[str], None],
+) -> tuple[Parts, tuple[ImageError, ...]]:
+    """Decode the images and part them by content or by group; unreadable ones come beside."""
+    sources: Sequence[Source] = images  # type: ignore[assignment]
+    if isinstance(images, str | Path) or all(isinstance(i, str | Path) for i in images):
+        found = find_images(images)  # type: ignore[arg-type]
+        say(found.note)
+        sources = found.paths
+    model = config.model
+    decoded = decode(
+        sources, model.image_size, model.resize, cache=default_cache_dir(), progress=progress
+    )
+    groups = None
+    if group_by is not None:
+        groups = (
+            group_names(decoded.names, group_by)
+            if isinstance(group_by, str)
+            else group_by(decoded.names)
+        )
+    split = split_by_content(decoded.digests, groups)
+    rank(config.decide.target_fpr, len(split.conformal))  # refuse before the long work, not after
+
+    def part(rows: Sequence[int]) -> Part:
+        names = tuple(decoded.names[i] for i in rows)
+        return Part(decoded.pixels[list(rows)], names, tuple(decoded.digests[i] for i in rows))
+
+    return Parts(part(split.train), part(split.stop), part(split.conformal)), decoded.quarantine
+
+
+def fit_parts(
+    parts: Parts,
+    config: Config,
+    folder: Path | None,
+    *,
+    resume: bool = False,
+    progress: Progress | None = None,
+    say: Callable[[str], None] = lambda text: None,
+) -> Detector:
+    """Train, learn the scores, calibrate, and write the run."""
+    progress = progress or Silent()
+    device = choose_device()
+    torch.manual_seed(config.train.seed)
+    model = VAE(config.model).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    sizes = {name: len(getattr(parts, name).names) for name in ("train", "stop", "conformal")}
+    say(
+        f"{sizes['train']} images to train on, {sizes['stop']} to stop on, "
+        f"{sizes['conformal']} to calibrate on; {device.type}, {config.model.image_size} px"
+    )
+    state = _train(model, parts, config, folder, resume, progress)
+    scorer = _learn(model, parts.train.pixels, config, progress)
+    calibration = calibrate_pixels(model, scorer, parts.conformal.pixels, progress)
+    decision = decision_of(config)
+    detector = Detector(
+        config=config,
+        model=model,
+        scorer=scorer,
+        calibration=calibration,
+        decision=decision,
+        references=_references(model, scorer, parts.train),
+        facts=_facts(config, decision, sizes),
+    )
+    if folder is not None:
+        tables = {"history.csv": state.history, "split.csv": parts.rows()}
+        detector.save(folder, tables, {"environment.json": environment(device)})
+        (folder / store.CHECKPOINT).unlink(missing_ok=True)
+    return detector
+
+
+def decision_of(config: Config) -> Decision:
+    """The decision that the settings ask for, before anything was learned for it."""
+    d = config.decide
+    if d.rule == "f1":
+        raise ConfigError(
+            "decide.rule = f1 needs labelled images: fit first, then msvae calibrate --rule f1"
+        )
+    if d.rule == "fixed":
+        return Decision("fixed", "weighted", d.target_fpr, d.threshold)
+    return Decision("conformal", "fused", d.target_fpr)
+
+
+def calibrate_pixels(model: VAE, scorer: Any, pixels: Pixels, progress: Progress) -> Calibration:
+    """Scores and map maxima of held-out normal images."""
+    scores: dict[str, list[Any]] = {}
+    peaks: dict[str, list[Any]] = {}
+    # one batch at a time, so that the maps of a large conformal part need not fit into memory
+    for batch in batches(pixels, progress, "calibrating"):
+        found, maps = run(model, scorer, [batch], with_maps=True)
+        for name, value in found.items():
+            scores.setdefault(name, []).append(value)
+        for name, drawn in maps.items():
+            peaks.setdefault(name, []).append(drawn.max(axis=(1, 2)).astype(np.float64))
+    join = {k: np.concatenate(v) for k, v in scores.items()}
+    return Calibration(join, {k: np.concatenate(v) for k, v in peaks.items()})
+
+
+def batches(pixels: Pixels, progress: Progress, task: str, size: int = BATCH) -> Iterator[Pixels]:
+    """The pixels, batch by batch, with progress."""
+    starts = range(0, len(pixels), size)
+    for first in progress.track(starts, task, len(starts)):
+        yield pixels[first : first + size]
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """What the run was made with."""
+    packages = ("multi-score-vae", "torch", "numpy", "scikit-learn", "pillow", "safetensors")
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": device.type,
+        "threads": torch.get_num_threads(),
+        "packages": {name: version(name) for name in packages},
+    }
+
+
+def _train(
+    model: VAE, parts: Parts, config: Config, folder: Path | None, resume: bool, progress: Progress
+) -> State:
+    identity = {"config": settings.to_dict(config), "images": sorted(parts.train.digests)}
+    state = None
+    if resume and folder is not None:
+        state = _resumed(folder, identity)
+
+    def save(now: State) -> None:
+        if folder is None:
+            return
+        numbers = {k: v for k, v in asdict(now).items() if k != "tensors"}
+        store.write_checkpoint(folder, now.tensors, {"identity": identity, "state": numbers})
+        files.write_rows(folder / "history.csv", now.history)
+
+    return train(
+        model,
+        parts.train.pixels,
+        parts.stop.pixels,
+        config,
+        state=state,
+        save=save,
+        progress=progress,
+    )
+
+
+def _resumed(folder: Path, identity: dict[str, Any]) -> State:
+    tensors, facts = store.read_checkpoint(folder)
+    if facts["identity"] != _plain(identity):
+        raise RunError(
+            f"{folder}: was begun with other images or settings: resume with the same ones"
+        )
+    return State(**facts["state"], tensors=tensors)
+
+
+def _plain(value: Any) -> Any:
+    """As JSON gives it back: tuples become lists."""
+    return store.unpack(store.pack(value))
+
+
+def _learn(model: VAE, pixels: Pixels, config: Config, progress: Progress) -> Any:
+    device = next(model.parameters()).device
+    with torch.inference_mode():
+        return learn(
+            model,
+            lambda: (to_batch(b, device) for b in batches(pixels, progress, "learning scores")),
+            alpha=config.decide.alpha,
+            beta=config.train.beta,
+        )
+
+
+def _references(model: VAE, scorer: Any, part: Part) -> References:
+    """An even selection of training images, for the nearest normal ones and the oddest ones."""
+    step = -(-len(part.names) // REFERENCES)
+    pixels, names = part.pixels[::step], part.names[::step]
+    device = next(model.parameters()).device
+    latents, directions, thumbs, fused = [], [], [], []
+    with torch.inference_mode():
+        for batch in batches(pixels, Silent(), "references"):
+            x = to_batch(batch, device)
+            e = model.evidence(x)
+            latents.append(e.mu.cpu())
+            directions.append(direction(e).cpu())
+            fused.append(scorer(e)["fused"])
+            small = F.interpolate(x, size=(THUMBNAIL, THUMBNAIL), mode="area")
+            thumbs.append((small * 255).round().byte().permute(0, 2, 3, 1).cpu().contiguous())
+    joined = (torch.cat(latents), torch.cat(directions), torch.cat(thumbs), torch.cat(fused))
+    return References(tuple(names), *joined)
+
+
+def _facts(config: Config, decision: Decision, sizes: dict[str, int]) -> dict[str, Any]:
+    return {
+        "msvae": version("multi-score-vae"),
+        "config": settings.to_dict(config),
+        "decision": asdict(decision),
+        "n": sizes,
+        "n_conformal": sizes["conformal"],
+    }

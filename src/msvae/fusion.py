@@ -1,0 +1,183 @@
+"""Many statistics, one score: each to a normal quantile, a density over the vector, minus its log.
+
+Two-sided by nature: unusually low is as unusual as unusually high (DoSE, Morningstar et al. 2021).
+Scores with a direction come in one-sidedly and are added as surprisals (Fisher's method).
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+KNOTS = 129
+TAIL = 0.1  # the outer tenth of the references sets the slope beyond the outermost one
+COMPONENTS = (1, 2, 4, 8, 16)
+PER_COMPONENT = 150  # images needed for each component of the mixture
+
+
+@dataclass(frozen=True)
+class QuantileMap:
+    """Monotone maps of K statistics to standard-normal quantiles.
+
+    Piecewise linear between reference quantiles, and linear beyond the outermost ones with the
+    slope of the outer tenth, so that gross and mild anomalies do not tie and gradients live.
+    """
+
+    knots: Tensor  # (K, Q) increasing
+    levels: Tensor  # (K, Q) the normal quantile of each knot
+    kept: Tensor  # (K,) columns that vary on normal images; the others say nothing
+
+    @classmethod
+    def fit(cls, reference: Tensor) -> "QuantileMap":
+        """From the statistics (N, K') of N normal images; constant columns are dropped."""
+        span = reference.max(dim=0).values - reference.min(dim=0).values
+        kept = (span > 1e-9 * reference.abs().amax(dim=0)).nonzero()[:, 0]
+        reference = reference[:, kept]
+        n = len(reference)
+        ranks = torch.linspace(0, n - 1, min(n, KNOTS), dtype=torch.float64).round().long()
+        ordered = reference.double().sort(dim=0).values[ranks].T.contiguous()
+        level = torch.special.ndtri((ranks + 0.5) / n).expand_as(ordered).contiguous()
+        low, high = _outer(ordered, level, reversed_=False), _outer(ordered, level, reversed_=True)
+        knots = torch.cat([low[0], ordered, high[0]], dim=1)
+        levels = torch.cat([low[1], level, high[1]], dim=1)
+        # Equal knots (ties) would divide by zero: a hair apart they take the later level.
+        span = ordered[:, -1:] - ordered[:, :1] + 1e-12
+        steps = torch.arange(knots.shape[1]).double() * 1e-9 * span
+        return cls(knots + steps, levels, kept)
+
+    def __call__(self, statistics: Tensor) -> Tensor:
+        """(B, K') -> (B, K), standard deviations of a normal."""
+        values = statistics[:, self.kept].double().T.contiguous()
+        at = torch.searchsorted(self.knots, values.detach()).clamp(1, self.knots.shape[1] - 1)
+        x0, x1 = self.knots.gather(1, at - 1), self.knots.gather(1, at)
+        y0, y1 = self.levels.gather(1, at - 1), self.levels.gather(1, at)
+        return (y0 + (values - x0) * (y1 - y0) / (x1 - x0)).T
+
+
+def _outer(ordered: Tensor, level: Tensor, *, reversed_: bool) -> tuple[Tensor, Tensor]:
+    """One far knot on the line through the outermost reference with the outer tenth's slope."""
+    edge, sign = (-1, 1.0) if reversed_ else (0, -1.0)
+    inner = (
+        round((1 - TAIL) * (ordered.shape[1] - 1))
+        if reversed_
+        else round(TAIL * (ordered.shape[1] - 1))
+    )
+    rise = (level[:, edge] - level[:, inner]).abs()
+    run = (ordered[:, edge] - ordered[:, inner]).abs()
+    span = (ordered[:, -1] - ordered[:, 0]).clamp_min(1e-12)
+    run = torch.maximum(run, 1e-3 * span)
+    far = 1e3
+    return (
+        (ordered[:, edge] + sign * far * run)[:, None],
+        (level[:, edge] + sign * far * rise)[:, None],
+    )
+
+
+def _gmm(components: int, seed: int) -> Any:
+    """scikit-learn's mixture; the ridge keeps narrow components from swallowing single images."""
+    from sklearn.mixture import GaussianMixture
+
+    return GaussianMixture(
+        components,
+        reg_covar=0.05,
+        random_state=seed,
+        max_iter=60,
+        tol=1e-2,
+        init_params="k-means++",
+    )
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """A Gaussian mixture over normal quantiles (B, K); minus its log is a two-sided surprise."""
+
+    log_weights: Tensor  # (M,)
+    means: Tensor  # (M, K)
+    whiten: Tensor  # (M, K, K): W with W Wᵀ = Σ⁻¹
+
+    @classmethod
+    def fit(cls, z: Tensor, components: int, seed: int = 0) -> "Mixture":
+        """From quantiles (N, K) of normal images."""
+        mixture = _gmm(components, seed).fit(z.numpy())
+        whiten = torch.from_numpy(mixture.precisions_cholesky_)
+        return cls(
+            torch.from_numpy(mixture.weights_).log(), torch.from_numpy(mixture.means_), whiten
+        )
+
+    @staticmethod
+    def choose(z: Tensor, seed: int = 0) -> int:
+        """The number of components under which a held-out fifth of (N, K) is likeliest."""
+        held = torch.arange(len(z)).remainder(5).eq(0)
+        fitted, left = z[~held].numpy(), z[held].numpy()
+        allowed = [m for m in COMPONENTS if m == 1 or m * PER_COMPONENT <= len(z)]
+        return max(allowed, key=lambda m: float(_gmm(m, seed).fit(fitted).score(left)))
+
+    def __call__(self, z: Tensor) -> Tensor:
+        """-log density of quantiles (B, K) up to the constant K/2 log 2π, (B,), nats."""
+        gap = (z[:, None] - self.means).transpose(0, 1)  # (M, B, K)
+        square = torch.bmm(gap, self.whiten).square().sum(dim=2).T
+        volume = self.whiten.diagonal(dim1=1, dim2=2).log().sum(dim=1)
+        return -torch.logsumexp(self.log_weights + volume - 0.5 * square, dim=1)
+
+
+@dataclass(frozen=True)
+class TwoSided:
+    """Minus the log density of a vector of statistics, each first mapped to a normal quantile."""
+
+    quantiles: QuantileMap
+    density: Mixture
+
+    @classmethod
+    def fit(cls, statistics: Tensor, components: int | None = None) -> "TwoSided":
+        """From the statistics (N, K) of normal images; `components` of the density, or the best."""
+        quantiles = QuantileMap.fit(statistics)
+        z = quantiles(statistics)
+        return cls(quantiles, Mixture.fit(z, components or Mixture.choose(z)))
+
+    def __call__(self, statistics: Tensor) -> Tensor:
+        """(B, K) -> (B,), nats."""
+        return self.density(self.quantiles(statistics))
+
+    def left_out(self, statistics: Tensor, folds: int = 5) -> Tensor:
+        """The surprise (N,) of the fitted images, each under a fit of the same size without it."""
+        fold = torch.arange(len(statistics)).remainder(folds)
+        out = torch.empty(len(statistics), dtype=torch.float64)
+        for k in range(folds):
+            other = TwoSided.fit(statistics[fold != k], len(self.density.log_weights))
+            out[fold == k] = other(statistics[fold == k])
+        return out
+
+
+@dataclass(frozen=True)
+class Fusion:
+    """The weighted sum of the surprisals of several one-sided scores (after Fisher 1932), nats.
+
+    Only what exceeds a score's `floor` counts. The scores need not be independent: the conformal
+    p-value of the sum is right all the same.
+    """
+
+    quantiles: QuantileMap
+    weights: Tensor  # (K',)
+    floors: Tensor  # (K',) nats
+
+    @classmethod
+    def fit(cls, experts: Tensor, weights: Tensor, floors: Tensor) -> "Fusion":
+        """From the scores (N, K') of normal images; a constant one is left out."""
+        return cls(QuantileMap.fit(experts), weights, floors)
+
+    def parts(self, experts: Tensor) -> Tensor:
+        """(B, K') scores -> (B, K') shares in nats; their sum is the fused score."""
+        kept = self.quantiles.kept
+        excess = (surprisal(self.quantiles(experts)) - self.floors[kept]).clamp_min(0)
+        shares = torch.zeros_like(experts)
+        return shares.index_copy(1, kept, self.weights[kept] * excess)
+
+    def __call__(self, experts: Tensor) -> Tensor:
+        """(B, K') -> (B,), nats."""
+        return self.parts(experts).sum(dim=1)
+
+
+def surprisal(z: Tensor) -> Tensor:
+    """-log P(Z >= z) of standard-normal quantiles, nats; finite far out in the tail."""
+    return -torch.special.log_ndtr(-z)

@@ -1,0 +1,205 @@
+"""Where in the picture: pure functions Evidence -> (B, H, W), and the two maps that are fitted.
+
+Higher is more anomalous. `reconstruction_map` has a unit (squared intensity); the fitted maps are
+distances from what normal images show at the same place.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from msvae.evidence import Evidence
+
+SPATIAL_CHANNELS = 64
+SHRINKAGES = (0.02, 0.1, 0.3, 0.6, 0.95)
+FLOOR = 1e-8
+
+
+def reconstruction_map(e: Evidence) -> Tensor:
+    """Mean over the channels of (x - x̂)², (B, H, W), squared intensity: the seed method's heatmap."""
+    return (e.x - e.recon).square().mean(dim=1)
+
+
+def signed_difference(e: Evidence) -> Tensor:
+    """x - x̂ in luma, (B, H, W), intensity: above 0 where the image is brighter than expected."""
+    return (e.x - e.recon).mean(dim=1)
+
+
+def smooth(maps: Tensor, sigma: float) -> Tensor:
+    """Gaussian blur of maps (B, H, W), edges mirrored; `sigma` in pixels of the map."""
+    radius = min(max(1, round(3 * sigma)), maps.shape[-1] - 1, maps.shape[-2] - 1)
+    at = torch.arange(-radius, radius + 1, device=maps.device, dtype=maps.dtype)
+    kernel = (-0.5 * (at / sigma).square()).exp()
+    kernel = kernel / kernel.sum()
+    out = F.pad(maps[:, None], (radius, radius, radius, radius), mode="reflect")
+    out = F.conv2d(F.conv2d(out, kernel[None, None, None, :]), kernel[None, None, :, None])
+    return out[:, 0]
+
+
+def enlarge(maps: Tensor, side: int) -> Tensor:
+    """Maps (B, h, w) at S x S pixels, bilinear."""
+    size = (side, side)
+    return F.interpolate(maps[:, None], size=size, mode="bilinear", align_corners=False)[:, 0]
+
+
+def left_out(distance: Tensor, n: int, share: float = 1.0) -> Tensor:
+    """What squared Mahalanobis distances of the n fitted images would be, had each been left out.
+
+    By Sherman-Morrison, where the images make up the `share` of the covariance (the rest is
+    shrinkage target): (n / (n - 1))² d / (1 - share d / n). Without it the images that were fitted
+    look far more normal than new ones when there are few of them.
+    """
+    return (n / (n - 1)) ** 2 * distance / (1 - share * distance / n).clamp_min(0.05)
+
+
+class Moments:
+    """Streaming sums of vectors (B, L, D) at L places: mean and covariance without keeping them.
+
+    Everything is measured from `origin` (L, D), any typical vector: sums of squares far from zero
+    would lose the small variances of places that hardly vary.
+    """
+
+    def __init__(self, origin: Tensor) -> None:
+        self.origin, self.n = origin, 0
+        self.first = torch.zeros_like(origin, dtype=torch.float64, device="cpu")
+        self.second = self.first[:, :, None] * self.first[:, None, :]
+
+    def add(self, vectors: Tensor) -> None:
+        """Take in a batch (B, L, D)."""
+        v = (vectors - self.origin).transpose(0, 1)
+        self.n += vectors.shape[0]
+        self.first += v.sum(dim=1).cpu()
+        self.second += (v.transpose(1, 2) @ v).cpu()
+
+    def __add__(self, other: "Moments") -> "Moments":
+        both = Moments(self.origin)
+        both.n = self.n + other.n
+        both.first, both.second = self.first + other.first, self.second + other.second
+        return both
+
+    def mean(self) -> Tensor:
+        """(L, D)."""
+        return self.origin.cpu() + self.first / self.n
+
+    def covariance(self) -> Tensor:
+        """(L, D, D), divided by n."""
+        shift = self.first / self.n
+        return self.second / self.n - shift[:, :, None] * shift[:, None, :]
+
+
+@dataclass(frozen=True)
+class ResidualMap:
+    """Reconstruction difference in units of what normal images leave behind at that pixel.
+
+    (smoothed (x - x̂)² - mean) / standard deviation, both of the training images at that pixel,
+    each drawn half-way to the whole picture's.
+    """
+
+    mean: Tensor  # (H, W)
+    std: Tensor  # (H, W)
+
+    @staticmethod
+    def raw(e: Evidence) -> Tensor:
+        """The smoothed root of the reconstruction map, (B, H, W), intensity."""
+        side = e.x.shape[-1]
+        return (smooth(reconstruction_map(e), max(0.8, side / 64)) + FLOOR).sqrt()
+
+    @classmethod
+    def fit(cls, moments: Moments) -> "ResidualMap":
+        """From the moments of `raw` maps flattened to (B, H·W, 1)."""
+        side = round(moments.mean().shape[0] ** 0.5)
+        mean = moments.mean()[:, 0].view(side, side)
+        variance = moments.covariance()[:, 0, 0].clamp_min(0).view(side, side)
+        pooled = variance.mean() + 1e-8
+        return cls(mean.float(), (0.5 * variance + 0.5 * pooled).sqrt().float())
+
+    def __call__(self, e: Evidence) -> Tensor:
+        """(B, H, W), standard deviations."""
+        return (self.raw(e) - self.mean) / self.std
+
+
+@dataclass(frozen=True)
+class SpatialMap:
+    """Mahalanobis distance of local encoder features from the normal ones at the same place.
+
+    PaDiM (Defard et al. 2020) on the VAE's own encoder. The covariance at a place is drawn to the
+    one pooled over all places, by the `shrinkage` under which left-out training images are
+    likeliest: aligned parts keep their place-wise one, textures and loose parts the pooled one.
+    """
+
+    mean: Tensor  # (L, D)
+    whiten: Tensor  # (L, D, D): rows W with W Wᵀ = Σ⁻¹
+    mix: Tensor  # (C, D) fixed random orthonormal projection of the stacked channels
+    n: int
+    shrinkage: float
+
+    @staticmethod
+    def projection(channels: int, seed: int = 0) -> Tensor:
+        """(C, min(C, 64)), orthonormal columns, the same for the same seed."""
+        gen = torch.Generator().manual_seed(seed)
+        square = torch.randn(channels, channels, generator=gen, dtype=torch.float64)
+        return torch.linalg.qr(square)[0][:, :SPATIAL_CHANNELS].float().contiguous()
+
+    @staticmethod
+    def stack(e: Evidence) -> Tensor:
+        """The three finest maps beside each other at a quarter of the side, (B, C, h, w)."""
+        side = max(e.x.shape[-1] // 4, 2)
+        return torch.cat([_to_side(f, side) for f in e.features[:3]], dim=1)
+
+    @classmethod
+    def local(cls, e: Evidence, mix: Tensor) -> Tensor:
+        """Local feature vectors (B, L, D), L = h·w places."""
+        return cls.stack(e).flatten(2).transpose(1, 2) @ mix
+
+    @classmethod
+    def fit(cls, halves: tuple[Moments, Moments], mix: Tensor) -> "SpatialMap":
+        """From the moments of `local` vectors of the two halves of the training images."""
+        best = min(SHRINKAGES, key=lambda s: _cross_entropy(halves, s))
+        whole = halves[0] + halves[1]
+        whiten = _whitener(_shrunk(whole.covariance(), best))
+        return cls(whole.mean().float(), whiten.float(), mix.cpu(), whole.n, best)
+
+    def __call__(self, e: Evidence, leave_out: bool = False) -> Tensor:
+        """Root mean squared distance, (B, h, w), in standard deviations of a feature.
+
+        `leave_out` corrects the distances of the training images themselves.
+        """
+        v = (self.local(e, self.mix) - self.mean).transpose(0, 1)  # (L, B, D)
+        d = torch.bmm(v, self.whiten).square().sum(dim=2).T
+        if leave_out:
+            d = left_out(d, self.n, 1 - self.shrinkage)
+        side = round(d.shape[1] ** 0.5)
+        return (d / v.shape[2] + FLOOR).sqrt().unflatten(1, (side, side))
+
+
+def _to_side(features: Tensor, side: int) -> Tensor:
+    if features.shape[-1] >= side:
+        return F.adaptive_avg_pool2d(features, side)
+    return F.interpolate(features, size=(side, side), mode="bilinear", align_corners=False)
+
+
+def _shrunk(cov: Tensor, shrinkage: float) -> Tensor:
+    pooled = cov.mean(dim=0)
+    ridge = 1e-3 * pooled.diagonal().mean() * torch.eye(pooled.shape[0], dtype=cov.dtype)
+    return (1 - shrinkage) * cov + shrinkage * pooled + ridge
+
+
+def _whitener(cov: Tensor) -> Tensor:
+    """(L, D, D) matrices W with W Wᵀ = Σ⁻¹, by triangular solves."""
+    lower = torch.linalg.cholesky(cov)
+    eye = torch.eye(cov.shape[-1], dtype=cov.dtype).expand_as(cov)
+    return torch.linalg.solve_triangular(lower, eye, upper=False).transpose(1, 2).contiguous()
+
+
+def _cross_entropy(halves: tuple[Moments, Moments], shrinkage: float) -> float:
+    """Twice the Gaussian cross-entropy of one half under the other's fit, both ways, summed."""
+    total = 0.0
+    for fitted, held in (halves, halves[::-1]):
+        whiten = _whitener(_shrunk(fitted.covariance(), shrinkage))
+        gap = held.mean() - fitted.mean()
+        spread = held.covariance() + gap[:, :, None] * gap[:, None, :]
+        trace = (whiten * (spread @ whiten)).sum()
+        total += float(trace - 2 * whiten.diagonal(dim1=1, dim2=2).log().sum())
+    return total

@@ -1,0 +1,228 @@
+"""Every score of a model, learned from its training images: Evidence -> {name: (B,)}.
+
+Two passes over the training images: the first gathers moments and statistics, the second measures
+what the fitted maps make of the very images they were fitted to (each left out of its own fit).
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from math import log
+
+import torch
+from torch import Tensor
+
+from msvae import maps, scores
+from msvae.evidence import Evidence
+from msvae.fusion import Fusion, TwoSided
+from msvae.maps import Moments, ResidualMap, SpatialMap
+from msvae.model import ORDERS, TURNS, VAE
+from msvae.scores import Mahalanobis, Neighbours
+from msvae.tensors import to_device
+
+Batches = Callable[[], Iterable[Tensor]]  # each call goes over the training images once more
+
+# What the fusion adds up: a two-sided density of the VAE's statistics, and scores with a direction.
+EXPERTS = ("typicality", "spatial", "residual", "order", "turn", "neighbours")
+MAPS = ("reconstruction", "residual", "spatial", "fused")
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """All that the scores need besides the evidence; frozen after `learn`."""
+
+    alpha: float  # weight of the reconstruction in the weighted scores
+    beta: float
+    variance: Tensor  # () decoder variance: the mean squared error of the training images
+    ranges: Tensor  # (2, 2) least and greatest reconstruction and mahalanobis on them
+    mahalanobis: Mahalanobis
+    neighbours: Neighbours
+    residual: ResidualMap
+    spatial: SpatialMap
+    map_scale: Tensor  # (2, 2) mean and deviation of the residual and the spatial map
+    bands: TwoSided
+    complexity: TwoSided
+    typicality: TwoSided
+    fusion: Fusion
+
+    def on(self, device: torch.device) -> "Scorer":
+        """A copy whose image-sized parts live on `device`; the fusion stays on the CPU, in double."""
+        parts = ("mahalanobis", "neighbours", "residual", "spatial")
+        moved = {name: to_device(getattr(self, name), device) for name in parts}
+        scale, variance = self.map_scale.to(device), self.variance.to(device)
+        return replace(self, **moved, map_scale=scale, variance=variance)
+
+    def statistics(self, e: Evidence, distance: Tensor) -> Tensor:
+        """All statistics beside each other, (B, 21), on the CPU in double precision."""
+        parts = [f(e) for f in scores.STATISTICS.values()]
+        return torch.cat([*parts, (distance[:, None] + scores.FLOOR).log()], dim=1).double().cpu()
+
+    def maps(self, e: Evidence) -> dict[str, Tensor]:
+        """Every map at the model's resolution, (B, H, W)."""
+        spatial = spatial_at_size(self.spatial(e), e.x.shape[-1])
+        residual = self.residual(e)
+        return {
+            "reconstruction": maps.reconstruction_map(e),
+            "residual": residual,
+            "spatial": spatial,
+            "fused": self._fused_map(residual, spatial),
+        }
+
+    def _fused_map(self, residual: Tensor, spatial: Tensor) -> Tensor:
+        """Mean of the residual and the spatial map, each in its standard deviations on normals."""
+        (m0, s0), (m1, s1) = self.map_scale
+        return 0.5 * ((residual - m0) / s0 + (spatial - m1) / s1)
+
+    def __call__(self, e: Evidence, found: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """Every score, (B,) each, on the CPU in double precision; `fused` last.
+
+        `found` are the evidence's `maps`, where the caller has them already.
+        """
+        found = self.maps(e) if found is None else found
+        plain = {
+            "reconstruction": scores.reconstruction(e),
+            "mahalanobis": self.mahalanobis(e),
+            "kl": scores.kl(e),
+            "elbo": scores.elbo(e, self.beta, self.variance),
+            "spread": scores.spread(e),
+            "spatial": found["spatial"].amax(dim=(1, 2)),
+            "residual": found["residual"].amax(dim=(1, 2)),
+            "order": scores.order(e),
+            "turn": scores.turn(e),
+            "neighbours": self.neighbours(e),
+        }
+        out = {name: value.double().cpu() for name, value in plain.items()}
+        out |= self._weighted(out["reconstruction"], out["mahalanobis"])
+        statistics = self.statistics(e, plain["mahalanobis"])
+        out["bands"] = self.bands(statistics[:, RESIDUAL])
+        out["complexity"] = self.complexity(statistics[:, INPUT])
+        out["typicality"] = self.typicality(statistics)
+        out["fused"] = self.fusion(torch.stack([out[k] for k in EXPERTS], dim=1))
+        return out
+
+    def _weighted(self, reconstruction: Tensor, mahalanobis: Tensor) -> dict[str, Tensor]:
+        """The seed method's sum, of min-max normalised terms and as literally written."""
+        low, high = self.ranges.double().cpu()
+        pair = torch.stack([reconstruction, mahalanobis], dim=1)
+        unit = ((pair - low) / (high - low).clamp_min(1e-12)).clamp(0, 1)
+        share = torch.tensor([self.alpha, 1 - self.alpha], dtype=torch.float64)
+        return {"weighted": unit @ share, "weighted_raw": pair @ share}
+
+
+RESIDUAL, INPUT = slice(0, 8), slice(8, 16)  # columns of `Scorer.statistics`
+
+
+def learn(model: VAE, batches: Batches, *, alpha: float, beta: float) -> Scorer:
+    """Learn every score's parameters from the training images, in two passes over `batches`."""
+    device = next(model.parameters()).device
+    first = _Gathered(model, batches)
+    mahalanobis = Mahalanobis.fit(first["mu"])
+    distance = mahalanobis.distance(first["mu"], leave_out=True)
+    log_distance = (distance[:, None] + scores.FLOOR).log()
+    statistics = torch.cat([first["statistics"], log_distance], dim=1).double()
+    pair = torch.stack([first["reconstruction"], mahalanobis.distance(first["mu"])], dim=1)
+    neighbours = Neighbours.fit(first["direction"])
+    residual = to_device(ResidualMap.fit(first.residual), device)
+    spatial = to_device(SpatialMap.fit(first.local, first.mix), device)
+    peaks, map_scale = _measure_maps(model, batches, residual, spatial)
+    typicality = TwoSided.fit(statistics)
+    experts = {
+        "typicality": typicality.left_out(statistics),
+        "order": first["order"],
+        "turn": first["turn"],
+        "neighbours": neighbours.to(first["direction"], skip=1),
+        **peaks,
+    }
+    return Scorer(
+        alpha=alpha,
+        beta=beta,
+        variance=first["reconstruction"].mean(),
+        ranges=torch.stack([pair.min(dim=0).values, pair.max(dim=0).values]),
+        mahalanobis=mahalanobis,
+        neighbours=neighbours,
+        residual=residual,
+        spatial=spatial,
+        map_scale=map_scale,
+        bands=TwoSided.fit(statistics[:, RESIDUAL], components=1),
+        complexity=TwoSided.fit(statistics[:, INPUT], components=1),
+        typicality=typicality,
+        fusion=_fuse({k: v.double() for k, v in experts.items()}),
+    ).on(device)
+
+
+def _fuse(experts: dict[str, Tensor]) -> Fusion:
+    """The fusion of the training images' scores.
+
+    A task's score weighs as much as the companion learned of the task: 1 for certainty, 0 for a
+    guess (a task that cannot be learned says nothing). The peak of a map is a maximum over many
+    places, and varies on normal images without meaning: it counts by its excess over the 5 % level.
+    """
+    weights = dict.fromkeys(EXPERTS, 1.0)
+    for name, chance in (("order", len(ORDERS)), ("turn", len(TURNS))):
+        weights[name] = max(0.0, 1 - float(experts[name].mean()) / log(chance))
+    floors = {k: log(20) if k in ("spatial", "residual") else 0.0 for k in EXPERTS}
+    return Fusion.fit(
+        torch.stack([experts[k] for k in EXPERTS], dim=1),
+        torch.tensor([weights[k] for k in EXPERTS], dtype=torch.float64),
+        torch.tensor([floors[k] for k in EXPERTS], dtype=torch.float64),
+    )
+
+
+class _Gathered:
+    """What the first pass over the training images keeps of each, and of every place."""
+
+    def __init__(self, model: VAE, batches: Batches) -> None:
+        rows: dict[str, list[Tensor]] = {}
+        for i, x in enumerate(batches()):
+            e = model.evidence(x)
+            for name, value in self._of(e).items():
+                rows.setdefault(name, []).append(value.cpu())
+            raw = ResidualMap.raw(e).flatten(1)[:, :, None]
+            if i == 0:
+                self.mix = SpatialMap.projection(SpatialMap.stack(e).shape[1]).to(x.device)
+                self.residual = Moments(raw.mean(dim=0))
+                middle = SpatialMap.local(e, self.mix).mean(dim=0)
+                self.local = (Moments(middle), Moments(middle))
+            local = SpatialMap.local(e, self.mix)
+            self.local[i % 2].add(local[::2])
+            self.local[1 - i % 2].add(local[1::2])
+            self.residual.add(raw)
+        self.rows = {name: torch.cat(parts) for name, parts in rows.items()}
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.rows[name]
+
+    @staticmethod
+    def _of(e: Evidence) -> dict[str, Tensor]:
+        return {
+            "mu": e.mu,
+            "direction": scores.direction(e),
+            "reconstruction": scores.reconstruction(e),
+            "statistics": torch.cat([f(e) for f in scores.STATISTICS.values()], dim=1),
+            "order": scores.order(e),
+            "turn": scores.turn(e),
+        }
+
+
+def _measure_maps(
+    model: VAE, batches: Batches, residual: ResidualMap, spatial: SpatialMap
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Peaks (N,) of the two fitted maps on the training images, and each map's mean and deviation."""
+    peaks: dict[str, list[Tensor]] = {"residual": [], "spatial": []}
+    sums = torch.zeros(2, 3, dtype=torch.float64)
+    for x in batches():
+        e = model(x)
+        coarse = spatial(e, leave_out=True)
+        both = {"residual": residual(e), "spatial": spatial_at_size(coarse, x.shape[-1])}
+        for i, (name, found) in enumerate(both.items()):
+            peaks[name].append(found.amax(dim=(1, 2)).cpu())
+            d = found.double().cpu()
+            sums[i] += torch.tensor([d.numel(), float(d.sum()), float(d.square().sum())])
+    mean = sums[:, 1] / sums[:, 0]
+    deviation = (sums[:, 2] / sums[:, 0] - mean.square()).clamp_min(1e-12).sqrt()
+    scale = torch.stack([mean, deviation], dim=1).float()
+    return {name: torch.cat(parts) for name, parts in peaks.items()}, scale
+
+
+def spatial_at_size(coarse: Tensor, side: int) -> Tensor:
+    """The spatial map at S x S pixels, smoothed by a Gaussian of a 32nd of the side (as PaDiM)."""
+    return maps.smooth(maps.enlarge(coarse, side), side / 32)

@@ -1,0 +1,168 @@
+"""Scores, Evidence -> (B,), and statistics, Evidence -> (B, K).
+
+A score is higher the more anomalous the image is. A statistic has no direction: the fusion reads
+it two-sidedly. A score that needs normal images first is a frozen dataclass with `fit`; the others
+are plain functions. To add one: write the function and its line in `SCORES`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import log, pi
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from msvae.evidence import Evidence
+from msvae.maps import left_out
+
+FLOOR = 1e-8
+BANDS = 3
+NEIGHBOURS = 5
+BANK = 16_384  # references kept for the nearest-neighbour score at most
+
+
+def reconstruction(e: Evidence) -> Tensor:
+    """||x - x̂||², mean over pixels and channels, (B,), squared intensity (the seed method)."""
+    return (e.x - e.recon).square().mean(dim=(1, 2, 3))
+
+
+def kl(e: Evidence) -> Tensor:
+    """KL(q(z|x) || N(0, I)), (B,), nats (Kingma & Welling 2014, app. B)."""
+    return 0.5 * (e.mu.square() + e.logvar.exp() - 1 - e.logvar).sum(dim=1)
+
+
+def distortion(e: Evidence, variance: Tensor | None = None) -> Tensor:
+    """-log p(x|z) up to a constant, (B,), nats: the squared error summed over pixels.
+
+    With `variance` the decoder is a Gaussian of that variance (σ-VAE, Rybkin et al. 2021).
+    """
+    size = e.x[0].numel()
+    total = reconstruction(e) * size
+    if variance is None:
+        return total
+    return 0.5 * (total / variance + size * (variance.log() + log(2 * pi)))
+
+
+def elbo(e: Evidence, beta: float, variance: Tensor | None = None) -> Tensor:
+    """Negative evidence lower bound: distortion + β·rate, (B,), nats; its mean is the loss."""
+    return distortion(e, variance) + beta * kl(e)
+
+
+def spread(e: Evidence) -> Tensor:
+    """||σ(x)|| of the posterior, (B,) (LPath: Huang et al. 2024): an unsure encoder."""
+    return (0.5 * e.logvar).exp().norm(dim=1)
+
+
+def order(e: Evidence) -> Tensor:
+    """Mean of -log p(true channel order) over the six orders, (B,), nats."""
+    return e.pretext[:, :6].mean(dim=1) if e.pretext.shape[1] else e.mu.new_zeros(len(e.mu))
+
+
+def turn(e: Evidence) -> Tensor:
+    """Mean of -log p(true quarter turn) over the four turns, (B,), nats."""
+    return e.pretext[:, 6:].mean(dim=1) if e.pretext.shape[1] else e.mu.new_zeros(len(e.mu))
+
+
+def direction(e: Evidence) -> Tensor:
+    """The embedding at unit length, (B, E)."""
+    return F.normalize(e.embedding, dim=1)
+
+
+def _bands(image: Tensor) -> Tensor:
+    """Log energies of luma and chroma by Laplacian band, fine to coarse, (B, 2 * (BANDS + 1))."""
+    red, green, blue = image.unbind(dim=1)
+    luma = (red + green + blue) / 3
+    rest = torch.stack([luma, red - green, (red + green) / 2 - blue], dim=1)
+    energies = []
+    for _ in range(BANDS):
+        coarse = F.avg_pool2d(rest, 2)
+        fine = rest - F.interpolate(coarse, size=rest.shape[-2:], mode="nearest")
+        energies.append(fine.square().mean(dim=(2, 3)))
+        rest = coarse
+    energies.append(rest.square().mean(dim=(2, 3)))
+    each = torch.stack(energies, dim=1)  # (B, BANDS + 1, 3)
+    both = torch.stack([each[..., 0], each[..., 1] + each[..., 2]], dim=2)
+    return (both.flatten(1) + FLOOR).log()
+
+
+def residual_bands(e: Evidence) -> Tensor:
+    """Log energies of x - x̂ by band, luma and chroma, (B, 8)."""
+    return _bands(e.x - e.recon)
+
+
+def input_bands(e: Evidence) -> Tensor:
+    """Log energies of x itself by band, luma and chroma, (B, 8): how busy the image is."""
+    return _bands(e.x - 0.5)
+
+
+def latent_shape(e: Evidence) -> Tensor:
+    """Rate, spread, length of the latent mean, and log reconstruction error, (B, 4)."""
+    length = e.mu.square().sum(dim=1)
+    parts = [kl(e), spread(e).log(), (length + FLOOR).log(), (reconstruction(e) + FLOOR).log()]
+    return torch.stack(parts, dim=1)
+
+
+@dataclass(frozen=True)
+class Mahalanobis:
+    """(μ(x) - m)ᵀ Σ⁻¹ (μ(x) - m), (B,), Σ by Ledoit-Wolf shrinkage of the training latents.
+
+    The seed method; Lee et al. 2018; Ledoit & Wolf 2004.
+    """
+
+    mean: Tensor  # (Z,)
+    whiten: Tensor  # (Z, Z): W with W Wᵀ = Σ⁻¹
+    n: int
+
+    @classmethod
+    def fit(cls, latents: Tensor) -> "Mahalanobis":
+        """From the latent means (N, Z) of the training images."""
+        from sklearn.covariance import ledoit_wolf
+
+        cov, _ = ledoit_wolf(latents.double().numpy())
+        ridge = 1e-6 * torch.eye(latents.shape[1], dtype=torch.float64)
+        lower = torch.linalg.cholesky(torch.from_numpy(cov) + ridge)
+        whiten = torch.linalg.solve_triangular(lower, torch.eye(len(cov)).double(), upper=False).T
+        return cls(latents.mean(dim=0), whiten.float().contiguous(), len(latents))
+
+    def distance(self, mu: Tensor, leave_out: bool = False) -> Tensor:
+        """Squared distances (B,) of latents (B, Z); `leave_out` corrects the fitted ones."""
+        d = ((mu - self.mean) @ self.whiten).square().sum(dim=1)
+        return left_out(d, self.n) if leave_out else d
+
+    def __call__(self, e: Evidence) -> Tensor:
+        """(B,), squared standard deviations."""
+        return self.distance(e.mu)
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """1 - mean cosine to the 5 nearest training images in the embedding, (B,).
+
+    After Sun et al. 2022 (deep nearest neighbours).
+    """
+
+    bank: Tensor  # (M, E), unit length
+
+    @classmethod
+    def fit(cls, features: Tensor) -> "Neighbours":
+        """From the `direction`s (N, E) of the training images, evenly thinned to `BANK`."""
+        step = -(-len(features) // BANK)
+        return cls(features[::step].contiguous())
+
+    def to(self, features: Tensor, skip: int = 0) -> Tensor:
+        """Distances (B,) of directions (B, E); `skip=1` passes over the image itself in the bank."""
+        k = min(NEIGHBOURS + skip, len(self.bank))
+        near = (features @ self.bank.T).topk(k, dim=1).values
+        return 1 - near[:, min(skip, k - 1) :].mean(dim=1)
+
+    def __call__(self, e: Evidence) -> Tensor:
+        """(B,), in [0, 2]."""
+        return self.to(direction(e))
+
+
+STATISTICS: dict[str, Callable[[Evidence], Tensor]] = {
+    "residual": residual_bands,
+    "complexity": input_bands,
+    "latent": latent_shape,
+}

@@ -1,0 +1,272 @@
+"""One visible loop. What it does depends on its arguments and the seed alone.
+
+Every epoch draws from generators seeded by (seed, epoch), so that a run resumed from the checkpoint
+of an epoch gives the same bits as one that was never interrupted (on the CPU).
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+
+from msvae import scores
+from msvae.augment import augment
+from msvae.config import Config, TrainConfig
+from msvae.errors import TrainingError
+from msvae.model import ORDERS, TURNS, VAE
+from msvae.progress import Progress, Silent
+
+Pixels = NDArray[np.uint8]
+Row = dict[str, float]
+Note = Callable[[str], None]
+SHORTEST_EPOCH = 25  # steps; a small folder is passed over several times in one epoch
+
+
+@dataclass
+class State:
+    """All that a resumed run needs: weights and optimiser live in `tensors`, the rest in numbers."""
+
+    epoch: int = 0  # epochs done
+    best_epoch: int = 0
+    best_loss: float = math.inf
+    history: list[dict[str, float]] = field(default_factory=list)
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+
+
+def choose_device() -> torch.device:
+    """CUDA (or ROCm) where it is there, then Apple's MPS, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps") if torch.backends.mps.is_available() else torch.device("cpu")
+
+
+def to_batch(pixels: NDArray[np.uint8], device: torch.device) -> Tensor:
+    """Pixels (B, S, S, 3) as images (B, 3, S, S) in [0, 1], channels last in memory."""
+    x = torch.from_numpy(np.ascontiguousarray(pixels)).to(device, non_blocking=True)
+    return x.permute(0, 3, 1, 2).float().div_(255)
+
+
+def transform(x: Tensor, orders: Tensor, turns: Tensor) -> Tensor:
+    """Each image with its channels in the k-th order and turned by its number of quarter turns."""
+    lookup = torch.tensor(ORDERS, device=x.device)[orders]
+    x = x.gather(1, lookup[:, :, None, None].expand_as(x))
+    turned = [x.rot90(k, dims=(2, 3)) if k else x for k in TURNS]
+    pick = turns[:, None, None, None]
+    return sum((torch.where(pick == k, t, 0.0) for k, t in enumerate(turned)), torch.zeros_like(x))
+
+
+def learning_rate(step: int, total: int, config: TrainConfig) -> float:
+    """The rate at a step of `total`; `onecycle` warms up over the first tenth (Smith 2018)."""
+    at = step / max(total, 1)
+    if config.schedule == "constant":
+        return config.learning_rate
+    if config.schedule == "onecycle" and at < 0.1:
+        return config.learning_rate * (0.05 + 0.95 * at / 0.1)
+    start = 0.1 if config.schedule == "onecycle" else 0.0
+    wave = 0.5 * (1 + math.cos(math.pi * (at - start) / (1 - start)))
+    return config.learning_rate * (0.002 + 0.998 * wave)
+
+
+class Losses(NamedTuple):
+    """The terms of one batch: what is minimised, and what is logged."""
+
+    total: Tensor  # ELBO in nats per pixel value, plus pretext
+    reconstruction: Tensor  # squared intensity, mean over pixels
+    kl: Tensor  # nats per image
+    pretext: Tensor  # nats per image
+
+
+def losses(
+    model: VAE, x: Tensor, beta: float, noise: Tensor | None, orders: Tensor, turns: Tensor
+) -> Losses:
+    """The ELBO of images (B, 3, S, S), and the companion's cross-entropy on transformed copies."""
+    e = model(x, noise)
+    e = e._replace(recon=e.recon.float(), mu=e.mu.float(), logvar=e.logvar.float())
+    error = scores.reconstruction(e).mean()
+    # The optimal decoder variance of the batch; detached, its gradient is that of the analytic
+    # σ-VAE loss D/2 log(mean squared error) (Rybkin et al. 2021, eq. 6).
+    variance = error.detach() + 1e-6 if model.config.sigma_vae else None
+    pretext = x.new_zeros(())
+    if model.companion is not None:
+        order, turn = model.companion(transform(x, orders, turns))
+        pretext = F.nll_loss(order.float(), orders) + F.nll_loss(turn.float(), turns)
+    per_value = scores.elbo(e, beta, variance).mean() / x[0].numel()
+    return Losses(per_value + pretext, error, scores.kl(e).mean(), pretext)
+
+
+class Trainer:
+    """The model, its optimiser and the plan of one training; `train` drives it epoch by epoch."""
+
+    def __init__(self, model: VAE, config: Config, count: int) -> None:
+        c = self.config = config.train
+        self.model, self.augment, self.count = model, config.augment, count
+        self.device = next(model.parameters()).device
+        self.optimiser = torch.optim.AdamW(
+            model.parameters(), lr=c.learning_rate, weight_decay=c.weight_decay, fused=True
+        )
+        self.passes = max(1, round(SHORTEST_EPOCH * c.batch_size / count))
+        self.steps = max(1, self.passes * count // c.batch_size)
+        self.epochs = max(c.epochs, math.ceil(c.min_steps / self.steps))
+        self.low_precision = _bf16_pays(c, self.device)
+
+    def step(self, x: Tensor, rate: float, gen: torch.Generator) -> Losses:
+        """One optimiser step on images (B, 3, S, S)."""
+        loss = self.losses(x, torch.randn(len(x), self.model.config.latent_dim, generator=gen), gen)
+        self.optimiser.param_groups[0]["lr"] = rate
+        self.optimiser.zero_grad(set_to_none=True)
+        loss.total.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 10.0)
+        self.optimiser.step()
+        return loss
+
+    def losses(self, x: Tensor, noise: Tensor | None, gen: torch.Generator) -> Losses:
+        """The losses of images with random transformations drawn for the head."""
+        orders = torch.randint(len(ORDERS), (len(x),), generator=gen).to(self.device)
+        turns = torch.randint(len(TURNS), (len(x),), generator=gen).to(self.device)
+        noise = None if noise is None else noise.to(self.device)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.low_precision):
+            return losses(self.model, x, self.config.beta, noise, orders, turns)
+
+    def epoch(self, pixels: Pixels, state: State, ticks: Iterator[int], note: Note) -> Row:
+        """All steps of one epoch; the means of its losses as a row of the history."""
+        began, seen = time.perf_counter(), torch.zeros(4)
+        self.model.train()
+        gen = _generator(self.config.seed, state.epoch)
+        for at, rows in enumerate(_batches(self, gen)):
+            next(ticks)
+            x = augment(to_batch(pixels[rows], self.device), self.augment, gen)
+            rate = learning_rate(
+                state.epoch * self.steps + at, self.epochs * self.steps, self.config
+            )
+            loss = self.step(x, rate, gen)
+            seen += torch.stack([t.detach() for t in loss]).cpu()
+            if at % 5 == 0:
+                note(f"reconstruction {loss.reconstruction:.4f}  kl {loss.kl:.1f} nats")
+        if not torch.isfinite(seen).all():
+            raise TrainingError("the loss is not a finite number: lower train.learning_rate")
+        means = dict(zip(Losses._fields, (seen / self.steps).tolist(), strict=True))
+        row = {"epoch": state.epoch + 1, **means, "learning_rate": rate}
+        return {**row, "seconds": time.perf_counter() - began}
+
+    @torch.inference_mode()
+    def stop_loss(self, pixels: Pixels) -> float:
+        """The loss on the stop part: posterior means, no augmentation, the same draws every time."""
+        self.model.eval()
+        gen, total = _generator(self.config.seed, -1), 0.0
+        for first in range(0, len(pixels), self.config.batch_size):
+            x = to_batch(pixels[first : first + self.config.batch_size], self.device)
+            total += float(self.losses(x, None, gen).total) * len(x)
+        return total / len(pixels)
+
+
+def train(
+    model: VAE,
+    pixels: Pixels,
+    stop: Pixels,
+    config: Config,
+    *,
+    state: State | None = None,
+    save: Callable[[State], None] = lambda state: None,
+    progress: Progress | None = None,
+) -> State:
+    """Train in place on pixels (N, S, S, 3); leave the weights that were best on `stop` in `model`.
+
+    `state` continues an interrupted training; `save` is called with the state after every epoch.
+    Raises `TrainingError` when the loss is not a finite number.
+    """
+    progress, state = progress or Silent(), state or State()
+    trainer = Trainer(model, config, len(pixels))
+    if state.tensors:
+        _restore(trainer, state)
+    total = (trainer.epochs - state.epoch) * trainer.steps
+    ticks = iter(progress.track(range(total), "training", total))
+    while state.epoch < trainer.epochs and not _patience_over(state, config.train.patience):
+        row = trainer.epoch(pixels, state, ticks, progress.note)
+        row["stop_loss"] = trainer.stop_loss(stop)
+        state.epoch += 1
+        state.history.append(row)
+        _keep(trainer, state, row["stop_loss"])
+        save(state)
+    model.load_state_dict(_under(state.tensors, "best."))
+    model.eval()
+    return state
+
+
+def _patience_over(state: State, patience: int) -> bool:
+    return 0 < patience <= state.epoch - state.best_epoch
+
+
+def _generator(seed: int, epoch: int) -> torch.Generator:
+    """The generator of one epoch; dropout draws from the global one, so that is seeded too."""
+    number = (1_000_003 * seed + epoch) % 2**63
+    torch.manual_seed(number)
+    return torch.Generator().manual_seed(number)
+
+
+def _batches(trainer: Trainer, gen: torch.Generator) -> Iterator[NDArray[np.int64]]:
+    """Indices of full batches; a batch smaller than the rest would disturb batch norm."""
+    size, count = trainer.config.batch_size, trainer.count
+    order = torch.cat([torch.randperm(count, generator=gen) for _ in range(trainer.passes)]).numpy()
+    for step in range(trainer.steps):
+        yield order[step * size : (step + 1) * size]
+
+
+def _bf16_pays(config: TrainConfig, device: torch.device) -> bool:
+    """Whether to compute in bfloat16: on GPUs, and on CPUs that have instructions for it.
+
+    On a CPU without them it was measured 8 times slower than float32 (LOG.md).
+    """
+    if config.precision != "auto" or device.type != "cpu":
+        return config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
+def _keep(trainer: Trainer, state: State, loss: float) -> None:
+    """Put the present weights and moments into the state, and the best weights so far."""
+    weights = {k: v.detach().clone() for k, v in trainer.model.state_dict().items()}
+    best = _under(state.tensors, "best.")
+    if loss < state.best_loss or not best:
+        state.best_loss, state.best_epoch = loss, state.epoch
+        best = {k: v.clone() for k, v in weights.items()}
+    tensors = {f"now.{k}": v for k, v in weights.items()} | {
+        f"best.{k}": v for k, v in best.items()
+    }
+    for i, moments in trainer.optimiser.state_dict()["state"].items():
+        tensors |= {f"adam.{i}.{k}": v for k, v in moments.items()}
+    state.tensors = tensors
+
+
+def _restore(trainer: Trainer, state: State) -> None:
+    """Take weights and moments from the state."""
+    adam: dict[int, dict[str, Tensor]] = {}
+    parameters = list(trainer.model.parameters())
+    groups = trainer.optimiser.state_dict()["param_groups"]
+    try:
+        for name, value in _under(state.tensors, "adam.").items():
+            index, key = name.split(".", 1)
+            adam.setdefault(int(index), {})[key] = _laid_out(value, parameters[int(index)])
+        trainer.model.load_state_dict(_under(state.tensors, "now."))
+        trainer.optimiser.load_state_dict({"state": adam, "param_groups": groups})
+    except (RuntimeError, ValueError, IndexError) as error:
+        raise TrainingError(
+            "the checkpoint belongs to another model: resume with the settings it began with"
+        ) from error
+
+
+def _laid_out(moments: Tensor, parameter: Tensor) -> Tensor:
+    """Moments in the memory layout of their parameter: the fused optimiser walks both in step."""
+    if moments.dim() == 0:
+        return moments.clone()
+    return torch.empty_like(parameter, dtype=moments.dtype).copy_(moments)
+
+
+def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
