@@ -1,0 +1,396 @@
+"""What goes on the page: a run, a benchmark or a scored folder -> Report."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from msvae import config as settings
+from msvae import figures, files, metrics, pictures
+from msvae.benchmark import PUBLISHED, one_sided_note
+from msvae.data.datasets import cifar_image
+from msvae.data.folder import mask_of
+from msvae.data.images import Pixels, Source, load_mask, open_image, squared
+from msvae.detector import Detector, load
+from msvae.errors import DataError, ImageError
+from msvae.explain import explain_many
+from msvae.explanation import SHOWN, TITLES, Explanation, scale_of, signed
+from msvae.gallery import Gallery, Item, MapView, ScoreLine, choose
+from msvae.operating import Operating
+from msvae.progress import Progress, Silent
+from msvae.report import Ablation, Figure, Published, Report, maps_table
+from msvae.table import ScoreTable
+from msvae.wording import ABOUT, GALLERIES, Summary
+from msvae.workflow import history_of
+
+VIEW = 320  # px of a gallery picture at most
+UNUSUAL = 12  # training images shown
+
+
+def page_of(
+    source: Path,
+    *,
+    run: Path | None = None,
+    evaluation: Path | None = None,
+    progress: Progress | None = None,
+) -> Report:
+    """The page of a run folder, of a benchmark's folder, or of a CSV file of scores.
+
+    `run` is the run that made the scores of a CSV file; with it the page shows maps. `evaluation`
+    is the folder of a run's evaluation, where it is not RUN/evaluation.
+    """
+    progress = progress or Silent()
+    if source.is_file():
+        return table_page(source, run, progress)
+    if (source / "config.json").is_file():
+        return run_page(source, evaluation or source / "evaluation", progress)
+    found = _read_json(source / "metrics.json") if source.is_dir() else None
+    if found is None or "protocols" not in found:
+        raise DataError(f"{source}: is neither a run, a benchmark nor a file of scores: name one")
+    return benchmark_page(source, found, progress)
+
+
+def run_page(run: Path, evaluation: Path, progress: Progress) -> Report:
+    """A run, with its evaluation where there is one."""
+    detector = load(run)
+    history = history_of(run)
+    path = evaluation / "scores.csv"
+    table = ScoreTable.read_csv(path) if path.is_file() else None
+    judged = _read_json(evaluation / "metrics.json") or {}
+    refused = _quarantine(evaluation / "quarantine.csv")
+    ablation = Ablation.from_metrics({"test": judged["scores"]}, about=ABOUT) if judged else None
+    galleries = [] if table is None else _galleries(table, detector, "", progress)
+    return Report(
+        title=judged.get("evaluation") or run.resolve().name,
+        subtitle=_subtitle(detector),
+        summaries=(_summary(table, detector, len(refused)),),
+        notes=_decision_notes(detector),
+        thresholds=() if table is None else (_operating(table, detector),),
+        ablation=ablation,
+        galleries=(*galleries, *_unusual(detector)),
+        tables=(maps_table(judged["maps"]),) if judged.get("maps") else (),
+        figures=tuple(_figures(table, detector, history)),
+        unreadable=tuple(refused),
+        facts=_facts(run, detector),
+    )
+
+
+def benchmark_page(out: Path, found: Mapping[str, Any], progress: Progress) -> Report:
+    """A benchmark: its protocols side by side, equalised first."""
+    protocols = list(found["protocols"])
+    summaries, thresholds, galleries, drawn = [], [], [], list[Figure]()
+    for name in protocols:
+        detector = load(out / name)
+        table = ScoreTable.read_csv(out / name / "evaluation" / "scores.csv")
+        summaries.append(replace(_summary(table, detector, 0), name=name))
+        thresholds.append(replace(_operating(table, detector), name=name))
+        galleries += _galleries(table, detector, f"{name}: ", progress)
+        history = history_of(out / name)
+        for figure in _figures(table, detector, history):
+            drawn.append(replace(figure, title=f"{name}: {figure.title}"))
+    data = found["data"]
+    notes = [f"{name}: {one_sided_note(found['protocols'][name])}" for name in protocols]
+    notes.append(
+        "The published figures state neither prevalence nor resizing: quoted, not compared."
+    )
+    return Report(
+        title=found["benchmark"],
+        subtitle="Oxford-102 Flowers are normal, CIFAR-10 is anomalous; nothing is chosen on test data",
+        summaries=tuple(summaries),
+        notes=(
+            f"Flowers: {data['normal']['split']}.",
+            f"CIFAR-10: {data['anomalous']['path']} (sha256 {data['anomalous']['sha256'][:16]}…)"
+            + (f"; {data['anomalous']['stands_in']}" if data["anomalous"]["stands_in"] else "")
+            + ".",
+        ),
+        thresholds=tuple(thresholds),
+        ablation=Ablation.from_metrics(
+            {name: found["protocols"][name]["scores"] for name in protocols},
+            about=ABOUT,
+            published={k: Published(**v) for k, v in PUBLISHED.items()},
+            published_by="Seed paper, quoted",
+            notes=tuple(notes),
+        ),
+        galleries=tuple(galleries),
+        figures=tuple(drawn),
+        facts=_facts(out / protocols[0], load(out / protocols[0])),
+    )
+
+
+def table_page(path: Path, run: Path | None, progress: Progress) -> Report:
+    """A file of scores; galleries show the images that still lie where the file says."""
+    table = ScoreTable.read_csv(path)
+    detector = None if run is None else load(run)
+    refused = _quarantine(path.with_name(f"{path.stem}.quarantine.csv"))
+    return Report(
+        title=path.stem,
+        subtitle=str(path),
+        summaries=(_summary(table, detector, len(refused)),),
+        thresholds=(_operating(table, detector),) if "fused" in table.scores else (),
+        galleries=tuple(_galleries(table, detector, "", progress)),
+        figures=tuple(_figures(table, detector, [])),
+        unreadable=tuple(refused),
+        facts={} if detector is None or run is None else _facts(run, detector),
+    )
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except ValueError as error:
+        raise DataError(f"{path}: is not JSON ({error}): write it again") from error
+
+
+def _quarantine(path: Path) -> list[tuple[str, str]]:
+    return [(row["path"], row["reason"]) for row in files.read_rows(path)]
+
+
+def _subtitle(detector: Detector) -> str:
+    n, c = detector.facts["n"], detector.config.model
+    return (
+        f"{n['train']} normal images trained on, {n['stop']} stopped on, "
+        f"{detector.calibration.n} calibrated on; {c.image_size} px, {c.latent_dim} latents"
+    )
+
+
+def _decision_notes(detector: Detector) -> tuple[str, ...]:
+    d = detector.decision
+    if d.rule == "conformal" or d.threshold is None:
+        return ()
+    how = "as set" if d.rule == "fixed" else "of the best F1 on labelled images"
+    return (f"Flagged when the {d.score} score reaches {d.threshold:.4g}, {how}.",)
+
+
+def _summary(table: ScoreTable | None, detector: Detector | None, unreadable: int) -> Summary:
+    rate = 0.05 if detector is None else detector.decision.target_fpr
+    n = None if detector is None else detector.calibration.n
+    if table is None or table.flagged is None:
+        images = 0 if table is None else len(table)
+        return Summary(images=images, flagged=0, target_fpr=rate, n_conformal=n)
+    counts: dict[str, Any] = {}
+    m = len(table)
+    if table.labels is not None:
+        normal = table.labels == 0
+        m = int(normal.sum())
+        counts = {
+            "normals": m,
+            "false_alarms": int(table.flagged[normal].sum()),
+            "anomalies": int((~normal).sum()),
+            "found": int(table.flagged[~normal].sum()),
+        }
+    conformal = detector is not None and detector.decision.rule == "conformal"
+    expected = metrics.false_alarm_interval(n, m, rate) if conformal and n and m else None
+    return Summary(
+        images=len(table),
+        flagged=int(table.flagged.sum()),
+        target_fpr=rate,
+        n_conformal=n,
+        expected95=expected,
+        unreadable=unreadable,
+        **counts,
+    )
+
+
+def _operating(table: ScoreTable, detector: Detector | None) -> Operating:
+    return Operating(
+        scores=table.scores["fused"],
+        p=table.p,
+        labels=table.labels,
+        target_fpr=0.05 if detector is None else detector.decision.target_fpr,
+        n_conformal=None if detector is None else detector.calibration.n,
+    )
+
+
+def _figures(
+    table: ScoreTable | None, detector: Detector | None, history: Sequence[Any]
+) -> list[Figure]:
+    drawn = []
+    if table is not None and table.labels is not None and len(np.unique(table.labels)) == 2:
+        labels = table.labels
+        best = metrics.auroc(labels, table.scores["fused"])
+        roc = figures.roc_figure(labels, table.scores)
+        curve = figures.precision_recall_figure(labels, table.scores)
+        alt = f"ROC curves of the main scores; the fused score has an AUROC of {best:.3f}"
+        drawn.append(_figure("Receiver operating characteristic", roc, alt))
+        drawn.append(_figure("Precision and recall", curve, "Precision-recall curves"))
+        spread = figures.distribution_figure(labels, table.scores["fused"])
+        drawn.append(_figure("Fused score", spread, "Histogram of the fused score by class"))
+        if detector is not None and table.p is not None:
+            plot = figures.calibration_figure(table.p[labels == 0], detector.calibration.n)
+            alt = "Realised against nominal false-alarm rate, with the band that chance allows"
+            drawn.append(_figure("False alarms asked for and realised", plot, alt))
+    if history:
+        plot = figures.training_figure(history)
+        alt = "Reconstruction error, KL and stop loss by epoch"
+        drawn.append(_figure("Training", plot, alt))
+    return drawn
+
+
+def _figure(title: str, figure: Any, alt: str) -> Figure:
+    return Figure(title=title, svg=figures.as_bytes(figure, "svg").decode(), alt=alt)
+
+
+def _galleries(
+    table: ScoreTable, detector: Detector | None, prefix: str, progress: Progress
+) -> list[Gallery]:
+    """The most anomalous, the borderline, and with labels the false alarms and the misses."""
+    if table.flagged is None or "fused" not in table.scores:
+        return []
+    chosen = choose(table.scores["fused"], table.flagged, table.labels)
+    rows = sorted({int(i) for part in chosen.values() for i in part})
+    shown = _explained(table, rows, detector, progress)
+    items = {row: _item(table, row, *shown[row]) for row in rows if row in shown}
+    galleries = []
+    for name, part in chosen.items():
+        title, about = GALLERIES[name]
+        members = tuple(items[int(i)] for i in part if int(i) in items)
+        if members:
+            galleries.append(Gallery(title=prefix + title, items=members, about=about))
+    return galleries
+
+
+def _explained(
+    table: ScoreTable, rows: Sequence[int], detector: Detector | None, progress: Progress
+) -> dict[int, tuple[Pixels, Explanation | None]]:
+    """Each row's picture, and its explanation where the run is known."""
+    sources = {row: _source(table.paths[row]) for row in rows}
+    found = {row: s for row, s in sources.items() if s is not None}
+    if detector is None:
+        pictures_of = {row: _picture(s) for row, s in found.items()}
+        return {row: (p, None) for row, p in pictures_of.items() if p is not None}
+    explained, refused = explain_many(detector, list(found.values()), progress=progress)
+    gone = {error.name for error in refused}
+    left = [row for row, s in found.items() if str(s) not in gone]
+    pairs = zip(left, explained, strict=False)
+    return {row: (_looked_at(e), e) for row, e in pairs}
+
+
+def _source(name: str) -> Source | None:
+    """The image of a name, where it still is: a path, or `batch.bin#3` of CIFAR-10."""
+    if "#" in name and name.rsplit("#", 1)[0].endswith(".bin"):
+        return cifar_image(name)
+    return name if Path(name).is_file() else None
+
+
+def _picture(source: Source) -> Pixels | None:
+    try:
+        return pictures.shrink(np.asarray(open_image(source)), VIEW)
+    except ImageError:
+        return None
+
+
+def _looked_at(e: Explanation) -> Pixels:
+    """What the model saw of the image, at most `VIEW` px."""
+    from PIL import Image
+
+    whole = squared(Image.fromarray(e.image), e.resize)
+    return pictures.shrink(np.asarray(whole), VIEW)
+
+
+def _item(table: ScoreTable, row: int, picture: Pixels, e: Explanation | None) -> Item:
+    name = table.paths[row]
+    kind = "" if table.kinds is None else table.kinds[row]
+    item = Item(
+        name=name,
+        image=picture,
+        score=float(table.scores["fused"][row]),
+        p=None if table.p is None else float(table.p[row]),
+        flagged=table.flagged is not None and bool(table.flagged[row]),
+        label=None if table.labels is None else int(table.labels[row]),
+        kind=kind,
+        scores=tuple(_score_line(table, k, row) for k in table.scores),
+    )
+    if e is None:
+        return item
+    return replace(
+        item,
+        reconstruction=e.reconstruction,
+        maps=tuple(_map_view(k, e) for k in SHOWN if k in e.model_maps),
+        mask=_mask(name, e, picture),
+        contributions=dict(sorted(e.contributions.items(), key=lambda kv: -abs(kv[1]))),
+        notes=(*_region_notes(e), *e.notes),
+        nearest=tuple((n.name, n.thumbnail) for n in e.nearest),
+    )
+
+
+def _score_line(table: ScoreTable, name: str, row: int) -> ScoreLine:
+    p = table.p_values.get(name)
+    value = float(table.scores[name][row])
+    return ScoreLine(name=name, value=value, p=None if p is None else float(p[row]))
+
+
+def _map_view(name: str, e: Explanation) -> MapView:
+    values = e.model_maps[name]
+    level = e.level if name == "fused" else None
+    own = scale_of(name, values) if signed(name) else None
+    return MapView(name=TITLES[name], values=values, signed=signed(name), scale=own, level=level)
+
+
+def _region_notes(e: Explanation) -> list[str]:
+    return [
+        f"Region {r.box[0]},{r.box[1]} to {r.box[2]},{r.box[3]} px: peak {r.peak:.1f} standard "
+        f"deviations, family-wise p {r.p:.3g}"
+        for r in e.regions[:5]
+    ]
+
+
+def _mask(name: str, e: Explanation, picture: Pixels) -> NDArray[np.bool_] | None:
+    path = mask_of(Path(name))
+    if path is None:
+        return None
+    side = max(picture.shape[:2])
+    try:
+        mask = load_mask(path, side, e.resize)
+    except ImageError:
+        return None
+    return pictures.fit_mask(mask, *picture.shape[:2])
+
+
+def _unusual(detector: Detector) -> list[Gallery]:
+    """The training images that are the least like the others: a good folder may hold a bad part."""
+    r = detector.references
+    if r is None:
+        return []
+    order = np.argsort(-r.fused.numpy(), kind="stable")[:UNUSUAL]
+    items = [_unusual_item(detector, int(i)) for i in order]
+    about = "The training images that the model finds hardest to believe: is each of them normal?"
+    if detector.facts["n"]["train"] > len(r.names):
+        about += f" (Chosen among {len(r.names):,} references of the training images.)"
+    return [Gallery(title="Most unusual training images", items=tuple(items), about=about)]
+
+
+def _unusual_item(detector: Detector, row: int) -> Item:
+    r = detector.references
+    if r is None:
+        raise DataError("the run holds no references: fit it again")
+    source = _source(r.names[row])
+    picture = None if source is None else _picture(source)
+    score = float(r.fused[row])
+    return Item(
+        name=r.names[row],
+        image=r.thumbnails[row].numpy() if picture is None else picture,
+        score=score,
+        p=float(detector.calibration.p_values({"fused": np.array([score])})["fused"][0]),
+    )
+
+
+def _facts(run: Path, detector: Detector) -> dict[str, dict[str, str]]:
+    """Settings and surroundings, in groups."""
+    groups = {
+        section: {k: _plain(v) for k, v in values.items()}
+        for section, values in settings.to_dict(detector.config).items()
+    }
+    surroundings = _read_json(run / "environment.json") or {}
+    packages = surroundings.pop("packages", {})
+    flat = {k: _plain(v) for k, v in {**surroundings, **packages}.items()}
+    return {**groups, "made with": flat}
+
+
+def _plain(value: object) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)

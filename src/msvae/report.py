@@ -1,0 +1,205 @@
+"""Results into one self-contained HTML page: no network access, bounded in size.
+
+The caller fills `Report` from plain arrays and numbers; every part but the title and the summaries
+may stay empty. Images are uint8 (H, W, 3), maps float32 (H, W), coloured here.
+"""
+
+import base64
+import hashlib
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from msvae import operating, pictures
+from msvae.errors import DataError
+from msvae.files import write_text
+from msvae.gallery import Gallery, fit_galleries
+from msvae.operating import Operating
+from msvae.wording import Interval, Summary, clip, number, percent, promise, sentence, tail, tiles
+
+FIGURE_BYTES = 1_500_000
+ROWS_LIMIT = 200
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreFigures:
+    """One score under one protocol; accuracy and F1 are those at the frozen threshold."""
+
+    auroc: float
+    auroc_ci95: Interval | None = None
+    average_precision: float | None = None
+    fpr_at_95_tpr: float | None = None
+    accuracy: float | None = None
+    f1: float | None = None
+
+    @classmethod
+    def from_metrics(cls, block: Mapping[str, Any]) -> "ScoreFigures":
+        """From one entry of `scores` of a metrics.json."""
+        frozen, interval = block.get("frozen") or {}, block.get("auroc_ci95")
+        return cls(
+            auroc=block["auroc"],
+            auroc_ci95=tuple(interval) if interval else None,
+            average_precision=block.get("average_precision"),
+            fpr_at_95_tpr=block.get("fpr_at_95_tpr"),
+            accuracy=frozen.get("accuracy"),
+            f1=frozen.get("f1"),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Published:
+    """Figures that others published for a score: quoted, not comparable."""
+
+    auroc: float | None = None
+    accuracy: float | None = None
+    f1: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ablation:
+    """Every score under every protocol; the first protocol leads."""
+
+    protocols: Mapping[str, Mapping[str, ScoreFigures]]
+    highlight: str = "fused"
+    about: Mapping[str, str] = field(default_factory=dict)  # score -> a few words
+    published: Mapping[str, Published] = field(default_factory=dict)
+    published_by: str = "Quoted"
+    notes: tuple[str, ...] = ()
+
+    @classmethod
+    def from_metrics(
+        cls, protocols: Mapping[str, Mapping[str, Mapping[str, Any]]], **more: Any
+    ) -> "Ablation":
+        """From the `scores` blocks of a metrics.json, by protocol; `more` are the other fields."""
+        read = {
+            name: {score: ScoreFigures.from_metrics(block) for score, block in scores.items()}
+            for name, scores in protocols.items()
+        }
+        return cls(protocols=read, **more)
+
+    @property
+    def scores(self) -> list[str]:
+        """The names of all scores, in order of appearance."""
+        return list(dict.fromkeys(s for scores in self.protocols.values() for s in scores))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """A table of figures; a row is its name and its cells, None where there is no figure."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: Mapping[str, Sequence[float | str | None]]
+    highlight: str = "fused"
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figure:
+    """A drawing as SVG text; what it shows in words for those who cannot see it."""
+
+    title: str
+    svg: str
+    alt: str
+    caption: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """Everything on the page, in the order in which it is shown; the first summary leads."""
+
+    title: str
+    summaries: tuple[Summary, ...]
+    subtitle: str = ""
+    notes: tuple[str, ...] = ()
+    thresholds: tuple[Operating, ...] = ()
+    ablation: Ablation | None = None
+    galleries: tuple[Gallery, ...] = ()
+    tables: tuple[Table, ...] = ()
+    figures: tuple[Figure, ...] = ()
+    unreadable: tuple[tuple[str, str], ...] = ()  # name, reason
+    facts: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # group -> name -> value
+
+    def __post_init__(self) -> None:
+        if not self.summaries:
+            raise DataError("a report needs at least one summary")
+
+
+MAP_COLUMNS = {
+    "auroc": "Pixel AUROC",
+    "average_precision": "Pixel AP",
+    "f1_max": "F1-max (oracle)",
+    "aupro": "AUPRO@0.3",
+}
+
+
+def maps_table(maps: Mapping[str, Mapping[str, float]], **more: Any) -> Table:
+    """The `maps` block of a metrics.json as a table; keys it does not know become columns too."""
+    present = dict.fromkeys(key for figures in maps.values() for key in figures)
+    keys = [k for k in MAP_COLUMNS if k in present] + [k for k in present if k not in MAP_COLUMNS]
+    columns = tuple(MAP_COLUMNS.get(k, k.replace("_", " ").capitalize()) for k in keys)
+    rows = {name: tuple(figures.get(k) for k in keys) for name, figures in maps.items()}
+    return Table(**{"title": "Where in the picture", "columns": columns, "rows": rows, **more})
+
+
+def render(report: Report) -> str:
+    """The page."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    here = Path(__file__).parent / "templates"
+    env = Environment(
+        loader=FileSystemLoader(here),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    env.filters |= {"percent": percent, "number": number, "tail": tail, "clip": clip}
+    script = (here / "report.js").read_text(encoding="utf-8")
+    figures, dark = _figures(report.figures)
+    return env.get_template("report.html.j2").render(
+        report=report,
+        summaries=[(s, sentence(s), promise(s), tiles(s)) for s in report.summaries],
+        sliders=[_slider(o) for o in report.thresholds],
+        galleries=fit_galleries(report.galleries, report.summaries[0].n_conformal),
+        figures=figures,
+        css=(here / "report.css").read_text(encoding="utf-8") + dark,
+        script=script,
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        rows_limit=ROWS_LIMIT,
+    )
+
+
+def write_report(path: str | os.PathLike[str], report: Report) -> Path:
+    """Write the page whole or not at all; returns its path."""
+    target = Path(path)
+    write_text(target, render(report))
+    return target
+
+
+def _slider(o: Operating) -> dict[str, Any]:
+    axis = operating.Axis.of(o)
+    return {
+        "name": o.name,
+        "data": operating.page_data(o),
+        "paths": [operating.outline_path(group, axis) for group in o.groups],
+        "ticks": axis.ticks(),
+        "bent": axis.bent,
+    }
+
+
+def _figures(figures: Sequence[Figure]) -> tuple[list[tuple[Figure, str]], str]:
+    """Each figure with its themed SVG (empty where it is too large), and the dark colours."""
+    out, colours = [], set[str]()
+    room = 2 * FIGURE_BYTES
+    for k, figure in enumerate(figures):
+        svg = ""
+        if len(figure.svg) <= min(FIGURE_BYTES, room):
+            svg, used = pictures.themed_svg(figure.svg, f"f{k}-")
+            colours |= used
+            room -= len(svg)
+        out.append((figure, svg))
+    lines = "".join(f"--fig-{c[1:]}:{pictures.for_dark(c)};" for c in sorted(colours))
+    return out, f"@media screen and (prefers-color-scheme: dark){{:root{{{lines}}}}}\n"

@@ -1,0 +1,234 @@
+"""What a verb does beyond one call of the library: evaluate a run, recalibrate it, demonstrate it."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from msvae import config as settings
+from msvae import explanation, figures, files, metrics, pictures
+from msvae.calibration import Calibration, Decision, rank
+from msvae.data.folder import Sample, find_labelled
+from msvae.data.images import digest, load_mask, open_image, squared
+from msvae.data.split import check_disjoint
+from msvae.data.textures import write_demo
+from msvae.detector import Detector, EachMap, Maps, Scan
+from msvae.errors import ConfigError, DataError, ImageError
+from msvae.evaluate import Evaluation, evaluate
+from msvae.fitting import fit
+from msvae.progress import Progress, Silent
+from msvae.table import ScoreTable, write_quarantine
+
+Say = Callable[[str], None]
+MAP_SIDE = 512  # px of a map's picture at most
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """An evaluation and what it was computed from."""
+
+    evaluation: Evaluation
+    scan: Scan
+    masks: NDArray[np.bool_] | None  # (N, H, W)
+
+
+def evaluate_samples(
+    detector: Detector,
+    samples: Sequence[Sample],
+    out: Path,
+    *,
+    name: str,
+    seconds: dict[str, float] | None = None,
+    progress: Progress | None = None,
+    history: Sequence[dict[str, Any]] = (),
+) -> Evaluated:
+    """Score labelled images; write `metrics.json`, `scores.csv`, `quarantine.csv` and the figures."""
+    began = time.perf_counter()
+    scan = detector.scan([s.path for s in samples], with_maps=True, progress=progress or Silent())
+    spent = {**(seconds or {}), "score": time.perf_counter() - began}
+    by_path = {str(s.path): s for s in samples}
+    kept = [by_path[p] for p in scan.table.paths]
+    table = replace(
+        scan.table,
+        labels=np.array([s.label for s in kept], dtype=np.int64),
+        kinds=tuple(s.kind for s in kept),
+    )
+    masks = masks_of(kept, detector.config.model.image_size, detector.config.model.resize)
+    evaluation = evaluate(
+        name,
+        table,
+        frozen_thresholds=detector.calibration.thresholds(detector.decision.target_fpr),
+        n_conformal=detector.calibration.n,
+        target_fpr=detector.decision.target_fpr,
+        maps=scan.maps if masks is not None else None,
+        masks=masks,
+        image_size=detector.config.model.image_size,
+        seconds=spent,
+    )
+    scan = replace(scan, table=table)
+    write_evaluation(out, evaluation.to_json(), scan, history)
+    return Evaluated(evaluation, scan, masks)
+
+
+def write_evaluation(
+    out: Path, metrics_json: dict[str, Any], scan: Scan, history: Sequence[Any]
+) -> None:
+    """The files of an evaluation, in `out`."""
+    files.write_json(out / "metrics.json", metrics_json)
+    scan.table.write_csv(out / "scores.csv")
+    write_quarantine(out / "quarantine.csv", scan.quarantine)
+    draw_figures(out, scan.table, history)
+
+
+def draw_figures(out: Path, table: ScoreTable, history: Sequence[Any]) -> None:
+    """ROC, precision-recall, score distribution and training curves, as PNG and SVG."""
+    assert table.labels is not None
+    drawn = {
+        "roc": figures.roc_figure(table.labels, table.scores),
+        "precision_recall": figures.precision_recall_figure(table.labels, table.scores),
+        "distribution": figures.distribution_figure(table.labels, table.scores["fused"]),
+    }
+    if history:
+        drawn["training"] = figures.training_figure(history)
+    for name, figure in drawn.items():
+        figures.save(figure, out / name)
+
+
+def masks_of(samples: Sequence[Sample], size: int, resize: Any) -> NDArray[np.bool_] | None:
+    """The masks at the model's resolution, (N, H, W), empty for images without; None if none has."""
+    if not any(s.mask for s in samples):
+        return None
+    empty = np.zeros((size, size), dtype=bool)
+    return np.stack([load_mask(s.mask, size, resize) if s.mask else empty for s in samples])
+
+
+def refuse_leak(run: Path, samples: Sequence[Sample]) -> None:
+    """Raise `DataError` when a test image has the content of an image that the run was fitted on."""
+    fitted = [row["sha256"] for row in files.read_rows(run / "split.csv")]
+    names = [str(s.path) for s in samples]
+    check_disjoint(fitted, [digest(s.path) for s in samples], names)
+
+
+def history_of(run: Path) -> list[dict[str, float]]:
+    """The rows of `history.csv` as numbers."""
+    rows = files.read_rows(run / "history.csv")
+    return [{k: float(v) for k, v in row.items()} for row in rows]
+
+
+def recalibrate(
+    detector: Detector,
+    normals: Sequence[Any],
+    *,
+    rule: str,
+    anomalous: Sequence[Any] = (),
+    threshold: float | None = None,  # of the weighted score
+    target_fpr: float | None = None,
+    progress: Progress | None = None,
+) -> tuple[Detector, Scan]:
+    """New thresholds from normal images that were not trained on; the model stays as it is.
+
+    `rule` "f1" chooses the fused threshold that is best on these normals and labelled `anomalous`
+    images at equal prevalence; "fixed" flags by the weighted score.
+    """
+    rate = target_fpr or detector.decision.target_fpr
+    scan = detector.scan(normals, with_maps=True, progress=progress)
+    rank(rate, len(scan.table))
+    peaks = {k: v.max(axis=(1, 2)).astype(np.float64) for k, v in scan.maps.items()}
+    calibration = Calibration(dict(scan.table.scores), peaks)
+    if rule == "f1":
+        if not anomalous:
+            raise ConfigError("--rule f1 needs labelled anomalies: name them with --anomalous")
+        found = detector.scan(anomalous, progress=progress).table.scores["fused"]
+        best = metrics.best_f1_threshold(scan.table.scores["fused"], found)
+        decision = Decision("f1", "fused", rate, best)
+    elif rule == "fixed":
+        value = detector.config.decide.threshold if threshold is None else threshold
+        decision = Decision("fixed", "weighted", rate, value)
+    else:
+        decision = Decision("conformal", "fused", rate)
+    return detector.recalibrated(calibration, decision), scan
+
+
+def refuse_trained(run: Path, normals: Sequence[Path]) -> None:
+    """Raise `DataError` when calibration would use images that the run was trained on."""
+    rows = files.read_rows(run / "split.csv")
+    trained = {row["sha256"]: row["path"] for row in rows if row["part"] != "conformal"}
+    for path in normals:
+        if (content := digest(path)) in trained:
+            raise DataError(
+                f"{path}: has the content of {trained[content]}, which the run was trained on: "
+                "calibrate with other images"
+            )
+
+
+@dataclass(frozen=True)
+class Demonstration:
+    """What the demo made."""
+
+    detector: Detector
+    evaluated: Evaluated
+    images: Path
+
+
+def demonstrate(out: Path, *, seed: int, progress: Progress, say: Say) -> Demonstration:
+    """Write the embedded data set below `out`, fit on its normal part, evaluate on its test part."""
+    images = write_demo(out / "images", seed=seed, progress=progress)
+    chosen = settings.preset("default").replace(seed=seed)
+    began = time.perf_counter()
+    detector = fit(images, out, config=chosen, overwrite=True, progress=progress, say=say)
+    seconds = {"fit": time.perf_counter() - began}
+    evaluated = evaluate_samples(
+        detector,
+        find_labelled(images),
+        out / "evaluation",
+        name="demo",
+        seconds=seconds,
+        progress=progress,
+        history=history_of(out),
+    )
+    return Demonstration(detector, evaluated, images)
+
+
+def map_writer(out: Path, paths: Sequence[str], detector: Detector) -> EachMap:
+    """Writes the fused map of each image it is given: `<stem>.png` to look at, `<stem>.tiff` floats.
+
+    The picture is at most 512 px a side; the TIFF holds the values at the model's resolution.
+    """
+    stems = files.unique_stems(paths)
+    c = detector.config.model
+    level, _ = detector.calibration.map_level()
+
+    def write(name: str, found: Maps) -> None:
+        fused = found["fused"]
+        whole = squared(open_image(name), c.resize)
+        image = pictures.shrink(np.asarray(whole), MAP_SIDE)
+        low = float(np.median(fused))
+        drawn = pictures.overlay(image, fused, low, max(level, float(fused.max()), low + 1e-6))
+        files.write_bytes(out / f"{stems[name]}.png", pictures.as_bytes(drawn, "PNG"))
+        files.write_bytes(out / f"{stems[name]}.tiff", pictures.as_bytes(fused, "TIFF"))
+
+    return write
+
+
+def write_explanations(
+    detector: Detector, paths: Sequence[str], out: Path, progress: Progress
+) -> tuple[list[Path], list[ImageError]]:
+    """`<stem>.png` and `<stem>.json` of each image; a path hash in the stem where stems collide."""
+    stems = files.unique_stems(paths)
+    written: list[Path] = []
+    refused: list[ImageError] = []
+    for path in progress.track(paths, "explaining", len(paths)):
+        try:
+            explained = detector.explain(path)
+        except ImageError as error:
+            refused.append(error)
+            continue
+        target = out / f"{stems[path]}.png"
+        files.write_bytes(target, figures.as_bytes(explanation.figure(explained), "png"))
+        files.write_json(target.with_suffix(".json"), explained.to_json())
+        written.append(target)
+    return written, refused
