@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
 
 @pytest.fixture(scope="session")
@@ -14,3 +15,9 @@ def data_dir() -> Path:
     if not folder.is_dir():
         pytest.skip(f"needs the real data sets: {folder} is absent, set MSVAE_DATA")
     return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Tests run side by side, one a core: more threads on tiny tensors only wait for each other."""
+    torch.set_num_threads(1)

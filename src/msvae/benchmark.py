@@ -153,7 +153,7 @@ def measure(
     evaluation = evaluate(
         "flowers-cifar10",
         table,
-        frozen_thresholds=detector.calibration.thresholds(rate),
+        frozen_thresholds=detector.thresholds(),
         best_f1_thresholds={k: metrics.best_f1_threshold(stop[k], validation[k]) for k in stop},
         n_conformal=detector.calibration.n,
         target_fpr=rate,

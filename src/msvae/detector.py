@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from msvae import explain, references, store
-from msvae.calibration import Calibration, Decision, rank
+from msvae.calibration import Calibration, Decision, needed, rank
 from msvae.config import Config, from_dict
 from msvae.data.images import Source, load_image, name_of
 from msvae.errors import DataError, ImageError, RunError
@@ -151,7 +151,8 @@ class Detector:
 
         def one(index: int) -> Pixels | ImageError:
             try:
-                return load_image(sources[index], c.image_size, c.resize)
+                name = name_of(sources[index], index)
+                return load_image(sources[index], c.image_size, c.resize, name=name)
             except ImageError as error:
                 return error
 
@@ -174,6 +175,11 @@ class Detector:
                 if good:
                     yield np.stack(good)
             next(ticks, None)
+
+    def thresholds(self) -> dict[str, float]:
+        """For every score the value flagged at the run's rate; none where it cannot be kept."""
+        rate = self.decision.target_fpr
+        return self.calibration.thresholds(rate) if self.calibration.n >= needed(rate) else {}
 
     def recalibrated(self, calibration: Calibration, decision: Decision) -> "Detector":
         """The same model and scores with other thresholds."""
@@ -222,7 +228,9 @@ def load(folder: str | Path, device: torch.device | None = None) -> Detector:
         scorer=scorer.on(device),
         calibration=_calibration_of(tensors),
         decision=Decision(**facts["decision"]),
-        references=references.read(folder),
+        references=references.read(folder)
+        if "references.safetensors" in facts["checksums"]
+        else None,
         facts=facts,
     )
 

@@ -19,16 +19,18 @@ UNITS = {
     "difference": "intensity",
     "residual": "standard deviations",
     "spatial": "standard deviations",
+    "structure": "standard deviations",
     "fused": "standard deviations",
 }
 SIDE = 360  # px of one view at most
-SHOWN = ("residual", "spatial", "fused", "gradcam_fused")
+SHOWN = ("residual", "spatial", "structure", "fused", "gradcam_fused")
 TITLES = {
     "reconstruction": "Reconstruction error",
     "difference": "Brighter or darker than rebuilt",
     "residual": "Unusual reconstruction error",
     "spatial": "Unusual features",
-    "fused": "Both, fused",
+    "structure": "Unusual structure",
+    "fused": "All three, fused",
     "gradcam_fused": "Grad-CAM of the fused score",
     "gradcam_mahalanobis": "Grad-CAM of the Mahalanobis distance",
     "gradcam_reconstruction": "Grad-CAM of the reconstruction error",

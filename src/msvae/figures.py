@@ -19,6 +19,7 @@ SHOWN = (
     "neighbours",
     "order",
     "spatial",
+    "structure",
     "weighted",
     "reconstruction",
     "mahalanobis",

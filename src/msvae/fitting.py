@@ -96,6 +96,8 @@ def fit(
         check_free(folder, resume=resume, overwrite=overwrite)
     parts, refused = split_images(images, chosen, group_by, progress, say)
     detector = fit_parts(parts, chosen, folder, resume=resume, progress=progress, say=say)
+    if folder is not None:
+        (folder / "quarantine.csv").unlink(missing_ok=True)
     if folder is not None and refused:
         write_quarantine(folder / "quarantine.csv", refused)
         say(f"{len(refused)} images could not be read: {folder / 'quarantine.csv'} names them")
@@ -135,7 +137,8 @@ def split_images(
             else group_by(decoded.names)
         )
     split = split_by_content(decoded.digests, groups)
-    rank(config.decide.target_fpr, len(split.conformal))  # refuse before the long work, not after
+    if config.decide.rule == "conformal":  # refuse before the long work, not after
+        rank(config.decide.target_fpr, len(split.conformal))
 
     def part(rows: Sequence[int]) -> Part:
         names = tuple(decoded.names[i] for i in rows)
@@ -271,7 +274,7 @@ def _plain(value: Any) -> Any:
 
 def _learn(model: VAE, pixels: Pixels, config: Config, progress: Progress) -> Any:
     device = next(model.parameters()).device
-    with torch.inference_mode():
+    with torch.no_grad():
         return learn(
             model,
             lambda: (to_batch(b, device) for b in batches(pixels, progress, "learning scores")),
@@ -286,7 +289,7 @@ def _references(model: VAE, scorer: Any, part: Part) -> References:
     pixels, names = part.pixels[::step], part.names[::step]
     device = next(model.parameters()).device
     latents, directions, thumbs, fused = [], [], [], []
-    with torch.inference_mode():
+    with torch.no_grad():
         for batch in batches(pixels, Silent(), "references"):
             x = to_batch(batch, device)
             e = model.evidence(x)

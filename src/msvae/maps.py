@@ -47,11 +47,15 @@ def enlarge(maps: Tensor, side: int) -> Tensor:
 def left_out(distance: Tensor, n: int, share: float = 1.0) -> Tensor:
     """What squared Mahalanobis distances of the n fitted images would be, had each been left out.
 
-    By Sherman-Morrison, where the images make up the `share` of the covariance (the rest is
-    shrinkage target): (n / (n - 1))² d / (1 - share d / n). Without it the images that were fitted
-    look far more normal than new ones when there are few of them.
+    By Sherman-Morrison, where the images make up the `share` of the covariance and the rest is a
+    fixed shrinkage target: without the image the mean moves by d / (n - 1), and the covariance
+    loses its outer product. Without it the images that were fitted look far more normal than new
+    ones when there are few of them.
     """
-    return (n / (n - 1)) ** 2 * distance / (1 - share * distance / n).clamp_min(0.05)
+    if share == 1:
+        return n * distance / (n - 1 - distance).clamp_min(0.05 * n)
+    moved = (n / (n - 1)) ** 2 * distance
+    return moved / (1 - share * distance * n / (n - 1) ** 2).clamp_min(0.05)
 
 
 class Moments:

@@ -17,13 +17,14 @@ from msvae.fusion import Fusion, TwoSided
 from msvae.maps import Moments, ResidualMap, SpatialMap
 from msvae.model import ORDERS, TURNS, VAE
 from msvae.scores import Mahalanobis, Neighbours
+from msvae.structure import StructureMap, local_statistics
 from msvae.tensors import to_device
 
 Batches = Callable[[], Iterable[Tensor]]  # each call goes over the training images once more
 
 # What the fusion adds up: a two-sided density of the VAE's statistics, and scores with a direction.
-EXPERTS = ("typicality", "spatial", "residual", "order", "turn", "neighbours")
-MAPS = ("reconstruction", "residual", "spatial", "fused")
+EXPERTS = ("typicality", "spatial", "residual", "structure", "order", "turn", "neighbours")
+FUSED_MAPS = ("residual", "spatial", "structure")  # the mean of these is the fused map
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,8 @@ class Scorer:
     neighbours: Neighbours
     residual: ResidualMap
     spatial: SpatialMap
-    map_scale: Tensor  # (2, 2) mean and deviation of the residual and the spatial map
+    structure: StructureMap
+    map_scale: Tensor  # (3, 2) mean and deviation of each of `FUSED_MAPS` on normal images
     bands: TwoSided
     complexity: TwoSided
     typicality: TwoSided
@@ -46,7 +48,7 @@ class Scorer:
 
     def on(self, device: torch.device) -> "Scorer":
         """A copy whose image-sized parts live on `device`; the fusion stays on the CPU, in double."""
-        parts = ("mahalanobis", "neighbours", "residual", "spatial")
+        parts = ("mahalanobis", "neighbours", "residual", "spatial", "structure")
         moved = {name: to_device(getattr(self, name), device) for name in parts}
         scale, variance = self.map_scale.to(device), self.variance.to(device)
         return replace(self, **moved, map_scale=scale, variance=variance)
@@ -58,19 +60,15 @@ class Scorer:
 
     def maps(self, e: Evidence) -> dict[str, Tensor]:
         """Every map at the model's resolution, (B, H, W)."""
-        spatial = spatial_at_size(self.spatial(e), e.x.shape[-1])
-        residual = self.residual(e)
-        return {
+        side = e.x.shape[-1]
+        found = {
             "reconstruction": maps.reconstruction_map(e),
-            "residual": residual,
-            "spatial": spatial,
-            "fused": self._fused_map(residual, spatial),
+            "residual": self.residual(e),
+            "spatial": at_size(self.spatial(e), side),
+            "structure": at_size(self.structure(e.x), side),
         }
-
-    def _fused_map(self, residual: Tensor, spatial: Tensor) -> Tensor:
-        """Mean of the residual and the spatial map, each in its standard deviations on normals."""
-        (m0, s0), (m1, s1) = self.map_scale
-        return 0.5 * ((residual - m0) / s0 + (spatial - m1) / s1)
+        scaled = [(found[k] - m) / s for k, (m, s) in zip(FUSED_MAPS, self.map_scale, strict=True)]
+        return {**found, "fused": torch.stack(scaled).mean(dim=0)}
 
     def __call__(self, e: Evidence, found: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
         """Every score, (B,) each, on the CPU in double precision; `fused` last.
@@ -86,6 +84,7 @@ class Scorer:
             "spread": scores.spread(e),
             "spatial": found["spatial"].amax(dim=(1, 2)),
             "residual": found["residual"].amax(dim=(1, 2)),
+            "structure": found["structure"].amax(dim=(1, 2)),
             "order": scores.order(e),
             "turn": scores.turn(e),
             "neighbours": self.neighbours(e),
@@ -123,7 +122,8 @@ def learn(model: VAE, batches: Batches, *, alpha: float, beta: float) -> Scorer:
     neighbours = Neighbours.fit(first["direction"])
     residual = to_device(ResidualMap.fit(first.residual), device)
     spatial = to_device(SpatialMap.fit(first.local, first.mix), device)
-    peaks, map_scale = _measure_maps(model, batches, residual, spatial)
+    structure = to_device(StructureMap.fit(first["structure"]), device)
+    peaks, map_scale = _measure_maps(model, batches, residual, spatial, structure)
     typicality = TwoSided.fit(statistics)
     experts = {
         "typicality": typicality.left_out(statistics),
@@ -141,6 +141,7 @@ def learn(model: VAE, batches: Batches, *, alpha: float, beta: float) -> Scorer:
         neighbours=neighbours,
         residual=residual,
         spatial=spatial,
+        structure=structure,
         map_scale=map_scale,
         bands=TwoSided.fit(statistics[:, RESIDUAL], components=1),
         complexity=TwoSided.fit(statistics[:, INPUT], components=1),
@@ -159,7 +160,7 @@ def _fuse(experts: dict[str, Tensor]) -> Fusion:
     weights = dict.fromkeys(EXPERTS, 1.0)
     for name, chance in (("order", len(ORDERS)), ("turn", len(TURNS))):
         weights[name] = max(0.0, 1 - float(experts[name].mean()) / log(chance))
-    floors = {k: log(20) if k in ("spatial", "residual") else 0.0 for k in EXPERTS}
+    floors = {k: log(20) if k in FUSED_MAPS else 0.0 for k in EXPERTS}
     return Fusion.fit(
         torch.stack([experts[k] for k in EXPERTS], dim=1),
         torch.tensor([weights[k] for k in EXPERTS], dtype=torch.float64),
@@ -200,22 +201,30 @@ class _Gathered:
             "statistics": torch.cat([f(e) for f in scores.STATISTICS.values()], dim=1),
             "order": scores.order(e),
             "turn": scores.turn(e),
+            "structure": local_statistics(e.x),
         }
 
 
 def _measure_maps(
-    model: VAE, batches: Batches, residual: ResidualMap, spatial: SpatialMap
+    model: VAE,
+    batches: Batches,
+    residual: ResidualMap,
+    spatial: SpatialMap,
+    structure: StructureMap,
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Peaks (N,) of the two fitted maps on the training images, and each map's mean and deviation."""
-    peaks: dict[str, list[Tensor]] = {"residual": [], "spatial": []}
-    sums = torch.zeros(2, 3, dtype=torch.float64)
+    """Peaks (N,) of the fitted maps on the training images, and each map's mean and deviation."""
+    peaks: dict[str, list[Tensor]] = {name: [] for name in FUSED_MAPS}
+    sums = torch.zeros(len(FUSED_MAPS), 3, dtype=torch.float64)
     for x in batches():
-        e = model(x)
-        coarse = spatial(e, leave_out=True)
-        both = {"residual": residual(e), "spatial": spatial_at_size(coarse, x.shape[-1])}
-        for i, (name, found) in enumerate(both.items()):
-            peaks[name].append(found.amax(dim=(1, 2)).cpu())
-            d = found.double().cpu()
+        e, side = model(x), x.shape[-1]
+        found = {
+            "residual": residual(e),
+            "spatial": at_size(spatial(e, leave_out=True), side),
+            "structure": at_size(structure(x, leave_out=True), side),
+        }
+        for i, name in enumerate(FUSED_MAPS):
+            peaks[name].append(found[name].amax(dim=(1, 2)).cpu())
+            d = found[name].double().cpu()
             sums[i] += torch.tensor([d.numel(), float(d.sum()), float(d.square().sum())])
     mean = sums[:, 1] / sums[:, 0]
     deviation = (sums[:, 2] / sums[:, 0] - mean.square()).clamp_min(1e-12).sqrt()
@@ -223,6 +232,6 @@ def _measure_maps(
     return {name: torch.cat(parts) for name, parts in peaks.items()}, scale
 
 
-def spatial_at_size(coarse: Tensor, side: int) -> Tensor:
-    """The spatial map at S x S pixels, smoothed by a Gaussian of a 32nd of the side (as PaDiM)."""
+def at_size(coarse: Tensor, side: int) -> Tensor:
+    """A coarse map at S x S pixels, smoothed by a Gaussian of a 32nd of the side (as PaDiM)."""
     return maps.smooth(maps.enlarge(coarse, side), side / 32)

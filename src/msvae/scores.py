@@ -113,22 +113,23 @@ class Mahalanobis:
     mean: Tensor  # (Z,)
     whiten: Tensor  # (Z, Z): W with W Wᵀ = Σ⁻¹
     n: int
+    shrinkage: float  # share of the identity in Σ
 
     @classmethod
     def fit(cls, latents: Tensor) -> "Mahalanobis":
         """From the latent means (N, Z) of the training images."""
         from sklearn.covariance import ledoit_wolf
 
-        cov, _ = ledoit_wolf(latents.double().numpy())
+        cov, shrinkage = ledoit_wolf(latents.double().numpy())
         ridge = 1e-6 * torch.eye(latents.shape[1], dtype=torch.float64)
         lower = torch.linalg.cholesky(torch.from_numpy(cov) + ridge)
         whiten = torch.linalg.solve_triangular(lower, torch.eye(len(cov)).double(), upper=False).T
-        return cls(latents.mean(dim=0), whiten.float().contiguous(), len(latents))
+        return cls(latents.mean(dim=0), whiten.float().contiguous(), len(latents), float(shrinkage))
 
     def distance(self, mu: Tensor, leave_out: bool = False) -> Tensor:
         """Squared distances (B,) of latents (B, Z); `leave_out` corrects the fitted ones."""
         d = ((mu - self.mean) @ self.whiten).square().sum(dim=1)
-        return left_out(d, self.n) if leave_out else d
+        return left_out(d, self.n, 1 - self.shrinkage) if leave_out else d
 
     def __call__(self, e: Evidence) -> Tensor:
         """(B,), squared standard deviations."""

@@ -62,7 +62,7 @@ def update_run(
     facts = read_facts(folder)
     data = _dump(tensors)
     new = hashlib.sha256(data).hexdigest()
-    old = facts["checksums"][name]
+    old = _sha256(folder / name)  # what lies there, even after an update that was cut off
     write_json(folder / CONFIG, {**facts, "checksums": {**facts["checksums"], name: [old, new]}})
     write_bytes(folder / name, data)
     write_json(
@@ -78,7 +78,9 @@ def read_facts(folder: Path) -> dict[str, Any]:
     try:
         facts = json.loads(path.read_text(encoding="utf-8"))
         version = facts["format"]
-    except (ValueError, KeyError, TypeError, OSError) as error:
+        if version == FORMAT:
+            _ = facts["checksums"].items(), facts["config"], facts["decision"]
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         raise RunError(f"{path}: cannot be read as a run's settings: {REMEDY}") from error
     if version != FORMAT:
         raise RunError(

@@ -26,6 +26,7 @@ from msvae.progress import Progress, Silent
 Pixels = NDArray[np.uint8]
 Row = dict[str, float]
 Note = Callable[[str], None]
+DIVERGED = "the loss is not a finite number: lower train.learning_rate"
 SHORTEST_EPOCH = 25  # steps; a small folder is passed over several times in one epoch
 
 
@@ -150,7 +151,7 @@ class Trainer:
             if at % 5 == 0:
                 note(f"reconstruction {loss.reconstruction:.4f}  kl {loss.kl:.1f} nats")
         if not torch.isfinite(seen).all():
-            raise TrainingError("the loss is not a finite number: lower train.learning_rate")
+            raise TrainingError(DIVERGED)
         means = dict(zip(Losses._fields, (seen / self.steps).tolist(), strict=True))
         row = {"epoch": state.epoch + 1, **means, "learning_rate": rate}
         return {**row, "seconds": time.perf_counter() - began}
@@ -190,6 +191,8 @@ def train(
     while state.epoch < trainer.epochs and not _patience_over(state, config.train.patience):
         row = trainer.epoch(pixels, state, ticks, progress.note)
         row["stop_loss"] = trainer.stop_loss(stop)
+        if not math.isfinite(row["stop_loss"]):
+            raise TrainingError(DIVERGED)
         state.epoch += 1
         state.history.append(row)
         _keep(trainer, state, row["stop_loss"])

@@ -17,6 +17,7 @@ ABOUT = {
     "spread": "width of the posterior",
     "spatial": "peak of the local feature distance",
     "residual": "peak of the standardised error map",
+    "structure": "peak of the local structure distance",
     "order": "which channel order is this?",
     "turn": "how many quarter turns is this?",
     "neighbours": "cosine distance to the nearest normals",

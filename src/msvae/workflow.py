@@ -61,7 +61,7 @@ def evaluate_samples(
     evaluation = evaluate(
         name,
         table,
-        frozen_thresholds=detector.calibration.thresholds(detector.decision.target_fpr),
+        frozen_thresholds=detector.thresholds(),
         n_conformal=detector.calibration.n,
         target_fpr=detector.decision.target_fpr,
         maps=scan.maps if masks is not None else None,

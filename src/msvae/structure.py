@@ -1,0 +1,133 @@
+"""The structure map: local statistics of the picture against those of the most alike normal images.
+
+What a place looks like is told by a few numbers: energy by Laplacian band, the structure tensor,
+tone, colour and extremes, all within a small window. They are read two-sidedly: too smooth is as
+odd as too busy. A place is as odd as its distance to the nearest place of the normal images that
+are most like the whole picture (retrieval before comparison as in SPADE, Cohen & Hoshen 2020, on
+statistics instead of pretrained features). So one model can hold several materials.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from msvae.maps import smooth
+
+BANDS = 3
+ALIKE = 10  # normal images that a picture is compared with
+BANK = 512  # normal images kept at most
+GRID = 32  # places a side at most
+WINDOW = 1.5 / 64  # standard deviation of the window, as a share of the side
+FLOOR = 1e-5  # squared intensity: below it is the noise of 8 bits
+RIDGE = 0.05
+SELF = 1e-3  # two pictures that are alike to this are the same one
+
+
+def local_statistics(x: Tensor) -> Tensor:
+    """Statistics of images (B, 3, S, S) in [0, 1] on a grid, (B, D, g, g), g = min(S / 4, 32).
+
+    Log energies of three Laplacian bands, tone, log variance, the log eigenvalues of the structure
+    tensor (Förstner & Gülch 1987), two colour differences and their energy, darkest and brightest.
+    """
+    side = x.shape[-1]
+    window = max(WINDOW * side, 0.7)
+    red, green, blue = x.unbind(dim=1)
+    luma = (red + green + blue) / 3
+    chroma = (red - green, (red + green) / 2 - blue)
+    out = [_log(smooth(band.square(), window)) for band in _bands(luma, side)]
+    tone = smooth(luma, window)
+    out += [4 * tone, _log(smooth((luma - tone).square(), window))]
+    out += _tensor(luma, window)
+    tints = [smooth(c, window) for c in chroma]
+    out += [4 * t for t in tints]
+    gaps = torch.stack([c - t for c, t in zip(chroma, tints, strict=True)])
+    out.append(_log(smooth(gaps.square().sum(dim=0), window)))
+    out += [4 * _least(luma), -4 * _least(-luma)]
+    grid = min(max(side // 4, 2), GRID)
+    at = ((torch.arange(grid, device=x.device) + 0.5) * side / grid).long()
+    return torch.stack(out, dim=1)[:, :, at][:, :, :, at]
+
+
+def _log(energy: Tensor) -> Tensor:
+    return (energy.clamp_min(0) + FLOOR).log()
+
+
+def _bands(luma: Tensor, side: int) -> list[Tensor]:
+    bands, rest = [], luma
+    for k in range(BANDS):
+        low = smooth(rest, max(0.8 * 2**k * side / 64, 0.5))
+        bands.append(rest - low)
+        rest = low
+    return bands
+
+
+def _tensor(luma: Tensor, window: float) -> list[Tensor]:
+    padded = F.pad(luma[:, None], (1, 1, 1, 1), mode="reflect")[:, 0]
+    gx = (padded[:, 1:-1, 2:] - padded[:, 1:-1, :-2]) / 2
+    gy = (padded[:, 2:, 1:-1] - padded[:, :-2, 1:-1]) / 2
+    xx, yy, xy = (smooth(p, window) for p in (gx * gx, gy * gy, gx * gy))
+    mean = (xx + yy) / 2
+    spread = (((xx - yy) / 2).square() + xy.square() + 1e-12).sqrt()
+    return [_log(mean + spread), _log(mean - spread)]
+
+
+def _least(luma: Tensor) -> Tensor:
+    padded = F.pad(luma[:, None], (1, 1, 1, 1), mode="reflect")
+    return -F.max_pool2d(-padded, 3, stride=1)[:, 0]
+
+
+def descriptor(statistics: Tensor) -> Tensor:
+    """What the whole picture is like: mean and deviation of each local statistic, (B, 2 D)."""
+    return torch.cat([statistics.mean(dim=(2, 3)), statistics.std(dim=(2, 3))], dim=1)
+
+
+@dataclass(frozen=True)
+class StructureMap:
+    """Distance of each place's statistics to the nearest among the most alike normal images."""
+
+    mean: Tensor  # (D,)
+    whiten: Tensor  # (D, D): W with W Wᵀ = (Σ + ridge)⁻¹
+    centre: Tensor  # (2 D,) of the descriptors
+    scale: Tensor  # (2 D,)
+    descriptors: Tensor  # (M, 2 D) of the normal images kept, standardised
+    places: Tensor  # (M, L, D) their whitened local statistics, float16
+
+    @classmethod
+    def fit(cls, statistics: Tensor) -> "StructureMap":
+        """From `local_statistics` (N, D, g, g) of normal images, evenly thinned to `BANK`."""
+        flat = statistics.permute(0, 2, 3, 1).flatten(0, 2)
+        mean = flat.double().mean(dim=0)
+        gap = flat.double() - mean
+        values, vectors = torch.linalg.eigh(gap.T @ gap / len(gap))
+        whiten = (vectors / (values.clamp_min(0) + RIDGE * values.mean() + 1e-9).sqrt()).float()
+        told = descriptor(statistics)
+        centre, scale = told.mean(dim=0), told.std(dim=0) + 1e-6
+        kept = statistics[:: -(-len(statistics) // BANK)]
+        places = (kept.flatten(2).transpose(1, 2) - mean.float()) @ whiten
+        near = (descriptor(kept) - centre) / scale
+        return cls(mean.float(), whiten, centre, scale, near, places.half())
+
+    def __call__(self, x: Tensor, leave_out: bool = False) -> Tensor:
+        """(B, g, g), standard deviations; `leave_out` compares no image with itself."""
+        return self.distance(local_statistics(x), leave_out)
+
+    def distance(self, statistics: Tensor, leave_out: bool = False) -> Tensor:
+        """The same from `local_statistics` (B, D, g, g)."""
+        queries = (statistics.flatten(2).transpose(1, 2) - self.mean) @ self.whiten
+        told = (descriptor(statistics) - self.centre) / self.scale
+        gaps = torch.cdist(told, self.descriptors)
+        if leave_out:
+            gaps = gaps.masked_fill(gaps < SELF * told.shape[1] ** 0.5, torch.inf)
+        alike = gaps.topk(min(ALIKE, gaps.shape[1]), dim=1, largest=False).indices
+        rows = [self._nearest(q, self.places[a]) for q, a in zip(queries, alike, strict=True)]
+        return torch.stack(rows).unflatten(1, statistics.shape[2:])
+
+    @staticmethod
+    def _nearest(queries: Tensor, places: Tensor) -> Tensor:
+        """Distances (L,) of queries (L, D) to the nearest of the places (K, L, D)."""
+        bank = places.flatten(0, 1).to(queries.dtype)
+        squares = torch.addmm(bank.square().sum(dim=1)[None], queries, bank.T, alpha=-2)
+        found = squares.amin(dim=1) + queries.square().sum(dim=1)
+        return (found.clamp_min(0) + 1e-8).sqrt()

@@ -1,0 +1,423 @@
+"""One contract for every score, and for each formula a second, independent way to compute it."""
+
+import numpy as np
+import pytest
+import torch
+from scipy.spatial.distance import cosine
+from scipy.spatial.distance import mahalanobis as scipy_mahalanobis
+from scipy.stats import norm
+from sklearn.covariance import LedoitWolf
+from torch.distributions import Normal, kl_divergence
+from torch.nn import functional as F
+
+from msvae import scores
+from msvae.config import Config
+from msvae.evidence import Evidence
+from msvae.model import VAE
+from msvae.scorer import learn
+from msvae.scores import Mahalanobis, Neighbours
+from msvae.tensors import flatten
+from msvae.train import losses, to_batch, train
+
+CONFIG = Config().replace(
+    image_size=32,
+    hidden_dims=(8, 16),
+    latent_dim=8,
+    epochs=4,
+    min_steps=0,
+    batch_size=8,
+    learning_rate=3e-3,
+    precision="fp32",
+)
+ALPHA, BETA = 0.6, 2.0
+N_TRAIN, N_HELD = 80, 12
+ONE_SIDED = (
+    "reconstruction",
+    "mahalanobis",
+    "elbo",
+    "spread",
+    "spatial",
+    "residual",
+    "order",
+    "turn",
+    "neighbours",
+    "weighted",
+    "weighted_raw",
+    "bands",
+    "complexity",
+    "typicality",
+    "fused",
+)
+ALL = ("kl", *ONE_SIDED)
+
+
+def smooth_images(n, seed):
+    """Smooth pictures (N, 32, 32, 3) that know red from blue and up from down."""
+    rng = np.random.default_rng(seed)
+    coarse = torch.from_numpy(rng.uniform(0.35, 0.65, (n, 3, 4, 4))).float()
+    coarse += torch.tensor([0.2, 0.0, -0.2])[:, None, None]
+    coarse += torch.linspace(0.12, -0.12, 4)[:, None]
+    fine = F.interpolate(coarse, size=(32, 32), mode="bicubic", align_corners=False).clamp(0, 1)
+    return (fine * 255).round().byte().permute(0, 2, 3, 1).contiguous().numpy()
+
+
+def batch(pixels):
+    return to_batch(pixels, torch.device("cpu"))
+
+
+def learned(model, pixels, **changes):
+    with torch.inference_mode():
+        parts = [pixels[i : i + 16] for i in range(0, len(pixels), 16)]
+        settings = {"alpha": ALPHA, "beta": BETA} | changes
+        return learn(model, lambda: (batch(p) for p in parts), **settings)
+
+
+class Setting:
+    """A briefly trained model, its scorer, and evidence of normal and of odd images."""
+
+    def __init__(self):
+        torch.manual_seed(0)
+        self.model = VAE(CONFIG.model)
+        self.train, self.held = smooth_images(N_TRAIN, 1), smooth_images(N_HELD, 2)
+        train(self.model, self.train, smooth_images(4, 3), CONFIG)
+        self.scorer = learned(self.model, self.train)
+        rng = np.random.default_rng(4)
+        self.odd = {
+            "black": np.zeros((2, 32, 32, 3), np.uint8),
+            "white": np.full((2, 32, 32, 3), 255, np.uint8),
+            "noise": rng.integers(0, 256, (6, 32, 32, 3), dtype=np.uint8),
+            "grey noise": rng.integers(0, 256, (3, 32, 32, 1), dtype=np.uint8).repeat(3, axis=3),
+        }
+
+    def evidence(self, pixels):
+        """What the model makes of the images."""
+        with torch.inference_mode():
+            return self.model.evidence(batch(pixels))
+
+    def scores(self, pixels):
+        """Every score of the images."""
+        with torch.inference_mode():
+            return self.scorer(self.evidence(pixels))
+
+
+@pytest.fixture(scope="module")
+def setting():
+    return Setting()
+
+
+@pytest.fixture(scope="module")
+def found(setting):
+    """The scores of the training, held-out and odd images."""
+    parts = {"train": setting.train, "held": setting.held, **setting.odd}
+    return {name: setting.scores(pixels) for name, pixels in parts.items()}
+
+
+@pytest.fixture(scope="module")
+def company(setting):
+    """Scores of four held-out images: alone, amid odd ones, and in reverse order."""
+    four, noise, black = setting.held[:4], setting.odd["noise"], setting.odd["black"]
+    alone = [setting.scores(four[i : i + 1]) for i in range(4)]
+    among = setting.scores(np.concatenate([noise, four, black]))
+    reverse = setting.scores(four[::-1])
+    return [
+        {k: torch.cat([one[k] for one in alone]) for k in among},
+        {k: v[6:10] for k, v in among.items()},
+        {k: v.flip(0) for k, v in reverse.items()},
+    ]
+
+
+@pytest.fixture(scope="module")
+def e(setting):
+    return setting.evidence(setting.held)
+
+
+def close(ours, theirs, rtol=1e-4, atol=1e-5):
+    np.testing.assert_allclose(np.asarray(ours), np.asarray(theirs), rtol=rtol, atol=atol)
+
+
+# The contract, of every score.
+
+
+def test_every_score_is_under_contract(found):
+    """A score that is added to the scorer comes into this suite; `fused` stands last."""
+    assert set(found["held"]) == set(ALL)
+    assert list(found["held"])[-1] == "fused"
+
+
+@pytest.mark.parametrize("score", ALL)
+def test_one_number_an_image(found, score):
+    """(B,), in double precision, on the CPU."""
+    value = found["held"][score]
+    assert value.shape == (N_HELD,)
+    assert value.dtype == torch.float64
+    assert value.device.type == "cpu"
+
+
+@pytest.mark.parametrize("score", ALL)
+def test_finite_on_any_image(found, score):
+    """Black, white and noise have scores too."""
+    for scored in found.values():
+        assert torch.isfinite(scored[score]).all()
+
+
+@pytest.mark.parametrize("score", ALL)
+def test_normal_images_differ(found, score):
+    """No score is the same number for every image."""
+    assert found["train"][score].std() > 0
+
+
+@pytest.mark.parametrize("score", ALL)
+def test_no_image_changes_another(found, company, score):
+    """A score of an image is the same alone and in company, whatever the company."""
+    alone, *others = company
+    for other in others:
+        close(other[score], alone[score], rtol=1e-4, atol=1e-3 * float(found["train"][score].std()))
+
+
+@pytest.mark.parametrize("score", ONE_SIDED)
+def test_gross_anomalies_score_higher(found, score):
+    """Noise lies above every normal image that the model has not seen."""
+    assert found["noise"][score].median() > found["held"][score].max()
+
+
+@pytest.mark.parametrize("kind", ["black", "white", "noise", "grey noise"])
+def test_fused_knows_every_gross_anomaly(found, kind):
+    """The fused score puts each of them above all normal images, trained on or not."""
+    normal = torch.cat([found["train"]["fused"], found["held"]["fused"]])
+    assert found[kind]["fused"].min() > normal.max()
+
+
+def test_tasks_know_their_anomalies(setting, found):
+    """Swapped colours stand out by the channel order, upside-down images by the turn."""
+    swapped = setting.scores(setting.held[..., ::-1])
+    turned = setting.scores(np.rot90(setting.held, 2, (1, 2)))
+    assert swapped["order"].min() > found["held"]["order"].max()
+    assert turned["turn"].min() > found["held"]["turn"].max()
+
+
+def test_known_maps_save_work_and_change_nothing(setting, e):
+    """Scores from maps that the caller has already are the same."""
+    with torch.inference_mode():
+        first, again = setting.scorer(e), setting.scorer(e, setting.scorer.maps(e))
+    assert all(torch.equal(first[k], again[k]) for k in ALL)
+
+
+def test_learning_is_deterministic(setting):
+    """The same model and images give the same parameters, to the bit."""
+    first, again = flatten(setting.scorer), flatten(learned(setting.model, setting.train))
+    assert first.keys() == again.keys()
+    assert all(torch.equal(first[k], again[k]) for k in first)
+
+
+# The formulas, each against another way.
+
+
+def test_kl_is_that_of_torch_distributions(setting, e, found):
+    """KL(N(mu, sigma) || N(0, I)), in nats."""
+    posterior = Normal(e.mu.double(), (0.5 * e.logvar.double()).exp())
+    expected = kl_divergence(posterior, Normal(0.0, 1.0)).sum(dim=1)
+    close(found["held"]["kl"], expected)
+
+
+def test_reconstruction_by_loop(e, found):
+    """The mean of the squared differences, pixel by pixel."""
+    for i in range(3):
+        pairs = zip(e.x[i].flatten().tolist(), e.recon[i].flatten().tolist(), strict=True)
+        squares = [(a - b) ** 2 for a, b in pairs]
+        assert found["held"]["reconstruction"][i] == pytest.approx(sum(squares) / 3072, rel=1e-4)
+
+
+def test_spread_by_numpy(e, found):
+    """The length of the vector of posterior deviations."""
+    expected = np.linalg.norm(np.exp(0.5 * e.logvar.double().numpy()), axis=1)
+    close(found["held"]["spread"], expected)
+
+
+def test_mahalanobis_by_scipy(setting, e, found):
+    """scipy's distance under scikit-learn's Ledoit-Wolf precision of the training latents."""
+    latents = setting.evidence(setting.train).mu.double().numpy()
+    precision = LedoitWolf().fit(latents).precision_
+    centre = latents.mean(axis=0)
+    expected = [scipy_mahalanobis(mu, centre, precision) ** 2 for mu in e.mu.double().numpy()]
+    close(found["held"]["mahalanobis"], expected, rtol=1e-3)
+
+
+def test_mahalanobis_left_out_is_near_a_refit():
+    """What the fitted images are told equals a fit without each, to a few per cent."""
+    gen = torch.Generator().manual_seed(0)
+    latents = torch.randn(150, 4, generator=gen) @ torch.randn(4, 4, generator=gen) + 3
+    ours = Mahalanobis.fit(latents).distance(latents, leave_out=True)
+    for i in range(0, 150, 10):
+        rest = torch.cat([latents[:i], latents[i + 1 :]])
+        refitted = Mahalanobis.fit(rest).distance(latents[i : i + 1])
+        assert float(ours[i]) == pytest.approx(float(refitted), rel=0.05)
+
+
+@pytest.mark.parametrize("variance", [0.01, 2.0])
+def test_elbo_is_minus_the_log_likelihood_plus_rate(e, variance):
+    """With a decoder variance the distortion is scipy's Gaussian density, summed over pixels."""
+    log_density = norm.logpdf(e.x.double(), e.recon.double(), np.sqrt(variance)).sum(axis=(1, 2, 3))
+    rate = kl_divergence(Normal(e.mu, (0.5 * e.logvar).exp()), Normal(0.0, 1.0)).sum(dim=1)
+    ours = scores.elbo(e, BETA, torch.tensor(variance))
+    close(ours, -log_density + BETA * rate.double().numpy(), rtol=1e-3, atol=0.1)
+
+
+def test_plain_elbo_is_squared_error_plus_rate(e):
+    """Without a variance: the squared error summed over pixels + beta * KL, the seed's loss."""
+    error = ((e.x - e.recon).double().numpy() ** 2).sum(axis=(1, 2, 3))
+    rate = kl_divergence(Normal(e.mu, (0.5 * e.logvar).exp()), Normal(0.0, 1.0)).sum(dim=1)
+    close(scores.elbo(e, 3.0), error + 3 * rate.double().numpy())
+
+
+def test_the_scorer_takes_the_training_error_as_variance(setting, e, found):
+    """The decoder variance is the mean squared error of the training images."""
+    seen = setting.evidence(setting.train)
+    variance = float((seen.x - seen.recon).double().square().mean())
+    assert float(setting.scorer.variance) == pytest.approx(variance, rel=1e-4)
+    density = norm.logpdf(e.x.double(), e.recon.double(), np.sqrt(variance)).sum(axis=(1, 2, 3))
+    close(found["held"]["elbo"], -density + BETA * found["held"]["kl"].numpy(), rtol=1e-3, atol=0.5)
+
+
+@pytest.mark.parametrize("sigma_vae", [False, True])
+def test_the_loss_is_the_score(sigma_vae):
+    """What training minimises is the mean of the ELBO score, a pixel value; nothing else."""
+    torch.manual_seed(1)
+    config = CONFIG.replace(sigma_vae=sigma_vae, companion=False)
+    model = VAE(config.model).eval()
+    x = batch(smooth_images(5, 6))
+    none = torch.zeros(5, dtype=torch.long)
+    with torch.inference_mode():
+        loss, seen = losses(model, x, BETA, None, none, none), model(x)
+        error = float((seen.x - seen.recon).double().square().mean())
+        variance = torch.tensor(error + 1e-6) if sigma_vae else None
+        score = scores.elbo(seen, BETA, variance).mean() / (3 * 32 * 32)
+    assert float(loss.total) == pytest.approx(float(score), rel=1e-5)
+    assert float(loss.reconstruction) == pytest.approx(error, rel=1e-4)
+    assert float(loss.kl) == pytest.approx(float(scores.kl(seen).mean()), rel=1e-5)
+    assert float(loss.pretext) == 0
+
+
+def test_weighted_by_hand(found):
+    """alpha and 1 - alpha times both terms, literally and as shares of the training range."""
+    seen, held = found["train"], found["held"]
+    terms = []
+    for name in ("reconstruction", "mahalanobis"):
+        low, high = float(seen[name].min()), float(seen[name].max())
+        terms.append(np.clip((held[name].numpy() - low) / (high - low), 0, 1))
+    close(held["weighted"], 0.6 * terms[0] + 0.4 * terms[1], atol=1e-4)
+    raw = 0.6 * held["reconstruction"].numpy() + 0.4 * held["mahalanobis"].numpy()
+    close(held["weighted_raw"], raw, rtol=1e-9)
+    assert all((s["weighted"] >= 0).all() and (s["weighted"] <= 1).all() for s in found.values())
+    assert (found["white"]["weighted"] == 1).all()
+
+
+@pytest.mark.parametrize("alpha, name", [(1.0, "reconstruction"), (0.0, "mahalanobis")])
+def test_alpha_weighs_the_reconstruction(setting, e, found, alpha, name):
+    """At the ends of alpha the weighted score is one of its terms."""
+    with torch.inference_mode():
+        value = learned(setting.model, setting.train, alpha=alpha)(e)["weighted_raw"]
+    close(value, found["held"][name], rtol=1e-9)
+
+
+def test_neighbours_by_brute_force(setting, e, found):
+    """One minus the mean cosine to the five nearest training images, by scipy, one by one."""
+    bank = setting.evidence(setting.train).embedding.double().numpy()
+    for i in range(4):
+        one = e.embedding[i].double().numpy()
+        nearest = sorted(cosine(one, other) for other in bank)[:5]
+        assert float(found["held"]["neighbours"][i]) == pytest.approx(np.mean(nearest), abs=2e-6)
+
+
+def test_neighbours_pass_over_the_image_itself(setting):
+    """A training image is not its own neighbour: the next five count."""
+    bank = setting.evidence(setting.train).embedding
+    ours = Neighbours.fit(F.normalize(bank)).to(F.normalize(bank), skip=1)
+    for i in range(4):
+        apart = [cosine(bank[i].double(), bank[j].double()) for j in range(len(bank)) if j != i]
+        assert float(ours[i]) == pytest.approx(np.mean(sorted(apart)[:5]), abs=2e-6)
+
+
+def test_few_references_serve_too():
+    """With less than five references the mean is over those there are."""
+    gen = torch.Generator().manual_seed(0)
+    bank, asked = torch.randn(3, 6, generator=gen), torch.randn(2, 6, generator=gen)
+    ours = Neighbours.fit(F.normalize(bank)).to(F.normalize(asked))
+    close(ours, [np.mean([cosine(a, b) for b in bank]) for a in asked])
+
+
+def test_order_and_turn_are_means_of_their_columns(e, found):
+    """Six channel orders make `order`, four quarter turns `turn`."""
+    verdicts = e.pretext.double().numpy()
+    assert verdicts.shape == (N_HELD, 10)
+    close(found["held"]["order"], verdicts[:, :6].mean(axis=1))
+    close(found["held"]["turn"], verdicts[:, 6:].mean(axis=1))
+
+
+def test_map_scores_are_peaks(setting, e, found):
+    """`spatial` and `residual` are the greatest values of their maps."""
+    with torch.inference_mode():
+        maps = setting.scorer.maps(e)
+    for name in ("spatial", "residual"):
+        assert maps[name].shape == (N_HELD, 32, 32)
+        close(found["held"][name], [float(m.numpy().max()) for m in maps[name]], rtol=1e-6)
+
+
+def log_energies(image):
+    """Band energies of one image (3, S, S) by plain numpy: luma, then chroma, fine to coarse."""
+    r, g, b = image.astype(np.float64)
+    planes, rows = [(r + g + b) / 3, r - g, (r + g) / 2 - b], []
+    for _ in range(3):
+        coarse = [(p[::2, ::2] + p[1::2, ::2] + p[::2, 1::2] + p[1::2, 1::2]) / 4 for p in planes]
+        details = [p - np.kron(c, np.ones((2, 2))) for p, c in zip(planes, coarse, strict=True)]
+        rows.append([np.mean(d**2) for d in details])
+        planes = coarse
+    rows.append([np.mean(p**2) for p in planes])
+    return np.log([f for luma, c1, c2 in rows for f in (luma + 1e-8, c1 + c2 + 1e-8)])
+
+
+def test_bands_by_numpy(e):
+    """Energies by Laplacian band, luma and chroma, of the residual and of the image."""
+    x, recon = e.x.numpy(), e.recon.numpy()
+    close(scores.residual_bands(e), [log_energies(a - b) for a, b in zip(x, recon, strict=True)])
+    close(scores.input_bands(e), [log_energies(a - 0.5) for a in x], rtol=1e-3)
+
+
+def test_bands_miss_no_energy():
+    """Haar bands are orthogonal: the energies of all bands add up to the image's."""
+    gen = torch.Generator().manual_seed(0)
+    grey = torch.rand(4, 1, 32, 32, generator=gen).expand(4, 3, 32, 32)
+    blank = torch.zeros(4, 0)
+    e = Evidence(grey, torch.zeros_like(grey), blank, blank, (), blank, blank)
+    total = scores.residual_bands(e)[:, ::2].exp().sum(dim=1)
+    close(total, grey.square().mean(dim=(1, 2, 3)))
+
+
+def test_latent_shape_by_numpy(e, found):
+    """Rate, log spread, log squared length of the mean, log reconstruction error."""
+    mu = e.mu.double().numpy()
+    expected = np.stack(
+        [
+            found["held"]["kl"].numpy(),
+            np.log(found["held"]["spread"].numpy()),
+            np.log((mu**2).sum(axis=1) + 1e-8),
+            np.log(found["held"]["reconstruction"].numpy() + 1e-8),
+        ],
+        axis=1,
+    )
+    close(scores.latent_shape(e), expected)
+
+
+def test_without_the_companion_the_tasks_are_silent():
+    """A model that learned no tasks scores them 0, and fuses what is left."""
+    torch.manual_seed(0)
+    model = VAE(CONFIG.replace(companion=False).model).eval()
+    scorer = learned(model, smooth_images(40, 7))
+    noise = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), dtype=np.uint8)
+    with torch.inference_mode():
+        normal = scorer(model.evidence(batch(smooth_images(8, 8))))
+        odd = scorer(model.evidence(batch(noise)))
+    for found in (normal, odd):
+        assert not found["order"].any()
+        assert not found["turn"].any()
+        assert all(torch.isfinite(v).all() for v in found.values())
+    assert odd["fused"].min() > normal["fused"].max()

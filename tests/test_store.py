@@ -1,0 +1,319 @@
+"""A run folder is whole, or it is refused in one line; no moment and no byte makes it another."""
+
+import ast
+import json
+import struct
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import msvae
+from msvae import store
+from msvae.errors import OutputError, RunError
+
+NAMES = ("model.safetensors", "calibration.safetensors", "split.csv", "environment.json")
+
+
+def tensors(value=1.0):
+    gen = torch.Generator().manual_seed(0)
+    return {"w": torch.rand(4, 3, generator=gen), "v": torch.full((2,), value)}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A small run with every kind of file."""
+    where = tmp_path / "run"
+    store.save_run(
+        where,
+        {"decision": "old", "n": 3},
+        {"model.safetensors": tensors(), "calibration.safetensors": tensors()},
+        {"split.csv": [{"path": "a.png", "part": "train"}], "history.csv": [{"epoch": 1}]},
+        {"environment.json": {"python": "3"}},
+    )
+    return where
+
+
+def check(where):
+    store.check_run(where, store.read_facts(where))
+
+
+def refused(where, name, words):
+    """The run is refused in one line that names the file and ends in the remedy."""
+    with pytest.raises(RunError) as caught:
+        check(where)
+    text = str(caught.value)
+    assert str(where / name) in text
+    assert words in text
+    assert "\n" not in text
+    assert "fit" in text
+
+
+# What is written comes back.
+
+
+def test_a_run_comes_back(folder):
+    """Facts and tensors are those that were saved, and nothing lies about besides."""
+    check(folder)
+    facts = store.read_facts(folder)
+    assert (facts["decision"], facts["n"], facts["format"]) == ("old", 3, 1)
+    back = store.read_tensors(folder / "model.safetensors")
+    assert all(torch.equal(v, back[k]) for k, v in tensors().items())
+    assert {p.name for p in folder.iterdir()} == {*NAMES, "history.csv", "config.json"}
+    assert store.is_run(folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.int64, torch.uint8])
+def test_tensors_keep_every_bit(folder, dtype):
+    """Whatever the type and the memory layout, the values are the same."""
+    value = torch.arange(48).to(dtype).view(2, 2, 4, 3).permute(0, 3, 1, 2)
+    store.update_run(folder, {}, "model.safetensors", {"x": value})
+    back = store.read_tensors(folder / "model.safetensors")["x"]
+    assert back.dtype == dtype
+    assert torch.equal(back, value)
+
+
+@pytest.mark.parametrize("value", [{"a": [1, 2.5, None]}, ["ü", 'q"'], (), 0.1 + 0.2])
+def test_facts_travel_in_a_tensor(value):
+    """JSON packed into bytes comes back as JSON."""
+    packed = store.pack(value)
+    assert packed.dtype == torch.uint8
+    assert store.unpack(packed) == json.loads(json.dumps(value))
+
+
+def test_a_checkpoint_comes_back(tmp_path):
+    """Tensors and facts in one file."""
+    store.write_checkpoint(tmp_path, tensors(), {"epoch": 4})
+    back, facts = store.read_checkpoint(tmp_path)
+    assert facts == {"epoch": 4}
+    assert back.keys() == tensors().keys()
+    assert all(torch.equal(v, back[k]) for k, v in tensors().items())
+
+
+# What is not whole is refused.
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("where", ["first", "middle", "last"])
+def test_a_changed_byte_is_refused(folder, name, where):
+    """One flipped bit anywhere, in any file."""
+    data = bytearray((folder / name).read_bytes())
+    data[{"first": 0, "middle": len(data) // 2, "last": -1}[where]] ^= 1
+    (folder / name).write_bytes(data)
+    refused(folder, name, "checksum")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_missing_file_is_refused(folder, name):
+    """Any of them."""
+    (folder / name).unlink()
+    refused(folder, name, "missing")
+
+
+@pytest.mark.parametrize("harm", [b"", b"longer"])
+def test_a_file_of_another_length_is_refused(folder, harm):
+    """Cut short or grown."""
+    data = (folder / NAMES[0]).read_bytes()
+    (folder / NAMES[0]).write_bytes(data + harm if harm else data[:-5])
+    refused(folder, NAMES[0], "checksum")
+
+
+def test_the_history_may_grow(folder):
+    """The history is not under checksum: a run goes on being one while it is written."""
+    (folder / "history.csv").write_text("epoch\n1\n2\n")
+    check(folder)
+
+
+def test_a_newer_format_is_refused(folder):
+    """A run of a later msvae: both versions are named, and updating is the remedy."""
+    facts = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(facts | {"format": 2}))
+    with pytest.raises(RunError, match=r"format 2.*reads 1: update msvae") as caught:
+        check(folder)
+    assert str(folder) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", "3", '"x"', "\udcff"])
+def test_settings_that_are_none_are_refused(folder, text):
+    """Torn, empty or foreign JSON."""
+    (folder / "config.json").write_bytes(text.encode(errors="surrogateescape"))
+    refused(folder, "config.json", "cannot be read")
+
+
+def test_a_folder_without_settings_is_no_run(tmp_path):
+    """An empty folder, and one that is not there."""
+    for where in (tmp_path, tmp_path / "absent"):
+        assert not store.is_run(where)
+        with pytest.raises(RunError, match="is not a run"):
+            store.read_facts(where)
+
+
+@pytest.mark.parametrize("data", [b"", b"x" * 100, b"PK\x03\x04" + bytes(50), b"\x80\x04K\x01."])
+def test_what_is_no_safetensors_file_is_refused(tmp_path, data):
+    """Empty, noise, a zip or a pickle: named, never opened any other way."""
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(data)
+    with pytest.raises(RunError) as caught:
+        store.read_tensors(path)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_absent_tensor_file_is_refused(tmp_path):
+    """Named as one that cannot be read."""
+    with pytest.raises(RunError, match=r"model\.safetensors: cannot be read"):
+        store.read_tensors(tmp_path / "model.safetensors")
+
+
+# No moment leaves a torn run.
+
+
+class Crash(BaseException):
+    """The power fails."""
+
+
+@contextmanager
+def crash_at(monkeypatch, count, *, after):
+    """Let the rename number `count` be the last thing that happens, or just not happen."""
+    done, rename = [], Path.replace
+
+    def replace(self, target):
+        done.append(target)
+        if len(done) == count + 1 and not after:
+            raise Crash
+        out = rename(self, target)
+        if len(done) == count + 1:
+            raise Crash
+        return out
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", replace)
+        with pytest.raises(Crash):
+            yield
+
+
+def update(folder):
+    store.update_run(folder, {"decision": "new"}, "calibration.safetensors", tensors(2.0))
+
+
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("count", [0, 1, 2])
+def test_a_crash_in_an_update_leaves_a_whole_run(folder, monkeypatch, count, after):
+    """Before or after each write, the run loads with old or new tensors; trying again ends well."""
+    with crash_at(monkeypatch, count, after=after):
+        update(folder)
+    check(folder)
+    value = store.read_tensors(folder / "calibration.safetensors")["v"][0]
+    replaced = count + after >= 2
+    assert value == (2 if replaced else 1)
+    assert store.read_facts(folder)["decision"] == ("new" if count + after == 3 else "old")
+    update(folder)
+    check(folder)
+    facts = store.read_facts(folder)
+    assert facts["decision"] == "new"
+    assert isinstance(facts["checksums"]["calibration.safetensors"], str)
+    assert store.read_tensors(folder / "calibration.safetensors")["v"][0] == 2
+
+
+def test_after_an_update_the_old_tensors_are_refused(folder):
+    """Both checksums are valid in between only."""
+    old = (folder / "calibration.safetensors").read_bytes()
+    update(folder)
+    (folder / "calibration.safetensors").write_bytes(old)
+    refused(folder, "calibration.safetensors", "checksum")
+
+
+def test_an_update_leaves_the_rest(folder):
+    """Other files and facts are as they were."""
+    before = {n: (folder / n).read_bytes() for n in (*NAMES, "history.csv")}
+    update(folder)
+    changed = {n for n, data in before.items() if (folder / n).read_bytes() != data}
+    assert changed == {"calibration.safetensors"}
+    assert store.read_facts(folder)["n"] == 3
+
+
+@pytest.mark.parametrize("count", range(6))
+def test_a_crash_in_a_first_save_leaves_no_run(tmp_path, monkeypatch, count):
+    """Until `config.json` stands, the folder is not a run and does not pretend to be one."""
+    parts = {"model.safetensors": tensors(), "calibration.safetensors": tensors()}
+    tables = {"split.csv": [{"path": "a"}], "history.csv": [{"epoch": 1}]}
+    with crash_at(monkeypatch, count, after=False):
+        store.save_run(tmp_path / "run", {}, parts, tables, {"environment.json": {}})
+    assert not store.is_run(tmp_path / "run")
+    assert not [p for p in (tmp_path / "run").iterdir() if p.name.startswith(".")]
+    store.save_run(tmp_path / "run", {}, parts, tables, {"environment.json": {}})
+    check(tmp_path / "run")
+
+
+def test_a_crash_while_saving_over_a_run_never_loads_a_mixture(folder, monkeypatch):
+    """Half old, half new: refused by the checksum of the old settings."""
+    with crash_at(monkeypatch, 1, after=False):
+        parts = {"model.safetensors": tensors(5.0), "calibration.safetensors": tensors(5.0)}
+        store.save_run(folder, {}, parts, {}, {})
+    refused(folder, "model.safetensors", "checksum")
+
+
+def test_a_disk_that_refuses_is_one_line(tmp_path):
+    """A file in the way of the folder: the path and the remedy."""
+    (tmp_path / "run").write_text("in the way")
+    with pytest.raises(OutputError, match=r"cannot be written .*: free some space or choose"):
+        store.write_checkpoint(tmp_path / "run", tensors(), {})
+
+
+# No pickle, ever.
+
+
+def names_in(tree):
+    """Dotted names that are imported or called, and keywords that are given."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Attribute):
+            yield ast.unparse(node)
+        elif isinstance(node, ast.keyword) and node.arg:
+            yield node.arg
+
+
+FORBIDDEN = ("pickle", "cPickle", "dill", "joblib", "shelve", "marshal", "cloudpickle")
+
+
+def test_no_source_reads_or_writes_pickle():
+    """No torch.load or save, no pickle and its kin, no allow_pickle anywhere in the package."""
+    files = sorted(Path(msvae.__file__).parent.rglob("*.py"))
+    assert len(files) > 20
+    for path in files:
+        for name in names_in(ast.parse(path.read_text(encoding="utf-8"))):
+            assert name.split(".")[0] not in FORBIDDEN, f"{path}: {name}"
+            assert name not in ("torch.load", "torch.save", "allow_pickle", "np.load", "np.save")
+
+
+def parsed_by_hand(path):
+    """A safetensors file by its specification: header length, JSON header, raw bytes to the end."""
+    data = path.read_bytes()
+    (length,) = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8 : 8 + length])
+    header.pop("__metadata__", None)
+    body = data[8 + length :]
+    assert max(entry["data_offsets"][1] for entry in header.values()) == len(body)
+    return {k: (v, body[slice(*v["data_offsets"])]) for k, v in header.items()}
+
+
+def test_files_hold_plain_numbers(folder):
+    """A safetensors file read by its specification gives the tensors; other files are text."""
+    store.write_checkpoint(folder, tensors(), {"epoch": 1})
+    for name in ("model.safetensors", "checkpoint.safetensors"):
+        parsed = parsed_by_hand(folder / name)
+        for key, value in tensors().items():
+            entry, raw = parsed[key]
+            assert entry["dtype"] == "F32"
+            plain = np.frombuffer(raw, "<f4").reshape(entry["shape"])
+            np.testing.assert_array_equal(plain, value.numpy())
+    for path in folder.iterdir():
+        if path.suffix != ".safetensors":
+            assert path.suffix in (".csv", ".json")
+            path.read_text(encoding="utf-8")
