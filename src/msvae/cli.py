@@ -5,11 +5,12 @@ torch, matplotlib and rich are imported by the verb that needs them, so that `--
 
 import argparse
 import dataclasses
+import math
 import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 from msvae import __version__
 from msvae import config as settings
@@ -40,9 +41,17 @@ def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
     print(f"msvae: {message}", file=sys.stderr)
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, as every other mistake is said."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"msvae: {message}: see {self.prog} --help", file=sys.stderr)
+        sys.exit(2)
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line."""
-    parser = argparse.ArgumentParser("msvae", description=DESCRIPTION)
+    parser = _Parser("msvae", description=DESCRIPTION)
     parser.add_argument("--version", action="version", version=f"msvae {__version__}")
     verbs = parser.add_subparsers(metavar="VERB", required=True)
     for add in (
@@ -171,7 +180,7 @@ def _add_calibrate(verbs: Any) -> None:
 def _calibrate(options: argparse.Namespace) -> int:
     from msvae.data.folder import find_images
     from msvae.detector import load
-    from msvae.workflow import recalibrate, refuse_trained
+    from msvae.workflow import recalibrate, refuse_trained, write_calibrated
 
     screen = _screen()
     rule, threshold = _rule(options.rule)
@@ -187,6 +196,7 @@ def _calibrate(options: argparse.Namespace) -> int:
         progress=screen.progress,
     )
     detector.save_calibration(options.run)
+    write_calibrated(options.run, normals)
     screen.say(
         f"{options.run}: {screen.decision(detector.decision)}, on {detector.calibration.n} images"
     )
@@ -200,8 +210,13 @@ def _rule(text: str) -> tuple[str, float | None]:
         number = float(value) if value else None
     except ValueError as error:
         raise ConfigError(f"--rule {text}: {value!r} is no number: write fixed:0.5") from error
+    finite = number is None or math.isfinite(number)
     if name not in ("conformal", "fixed", "f1") or (number is not None and name != "fixed"):
         raise ConfigError(f"--rule {text}: choose conformal, fixed, fixed:0.5 or f1")
+    if not finite:
+        raise ConfigError(
+            f"--rule {text}: the threshold must be a finite number, such as fixed:0.5"
+        )
     return name, number
 
 
@@ -396,6 +411,8 @@ def _write_page(
 def _unreadable(screen: Any, refused: Sequence[Any], path: Path | None, strict: bool) -> int:
     """Name the images that could not be read, in a file where there is a place for it."""
     if not refused:
+        if path is not None:
+            path.unlink(missing_ok=True)  # an earlier command's
         return 0
     from msvae.table import write_quarantine
 

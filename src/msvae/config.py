@@ -29,7 +29,8 @@ class ModelConfig:
     Each stage halves the resolution; of two or more, the first keeps it for images of at most
     32 px. `sigma_vae` sets the decoder variance to its optimum (Rybkin et al. 2021); without it the
     loss is the plain squared error + `beta` * KL of the seed method. `companion` adds the network
-    that learns which channel order and which quarter turn an image is shown in.
+    that learns which channel order and which quarter turn an image is shown in; `inspector` the one
+    that learns to mark imagined defects.
     """
 
     image_size: int = 64
@@ -40,6 +41,7 @@ class ModelConfig:
     batch_norm: bool = True
     sigma_vae: bool = True
     companion: bool = True
+    inspector: bool = True
 
     def __post_init__(self) -> None:
         _require(8 <= self.image_size <= 1024, "model.image_size must lie in 8…1024 px")
@@ -71,6 +73,7 @@ class TrainConfig:
 
     epochs: int = 12
     min_steps: int = 240
+    inspector_steps: int = 1000
     batch_size: int = 32
     learning_rate: float = 1.5e-3
     schedule: Schedule = "onecycle"
@@ -83,6 +86,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         _require(self.epochs >= 1, "train.epochs must be at least 1")
         _require(self.min_steps >= 0, "train.min_steps must not be negative")
+        _require(self.inspector_steps >= 1, "train.inspector_steps must be at least 1")
         _require(self.batch_size >= 2, "train.batch_size must be at least 2")
         _require(0 < self.learning_rate < 1, "train.learning_rate must lie in (0, 1)")
         _require(
@@ -170,6 +174,7 @@ PRESETS = {
             dropout=0.1,
             sigma_vae=False,
             companion=False,
+            inspector=False,
         ),
         train=TrainConfig(
             epochs=100,

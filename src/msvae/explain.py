@@ -18,11 +18,12 @@ from msvae.data.images import Pixels, Source, load_image, name_of, open_image
 from msvae.errors import ImageError
 from msvae.evidence import Evidence
 from msvae.explanation import Explanation, Nearest, Region, placed
+from msvae.fusion import surprisal
 from msvae.model import VAE
 from msvae.pictures import Map
 from msvae.progress import Progress, Silent
 from msvae.references import References
-from msvae.scorer import EXPERTS, Scorer
+from msvae.scorer import EXPERTS, PLACES, Scorer
 from msvae.table import ScoreTable
 from msvae.train import to_batch
 
@@ -170,9 +171,9 @@ def regions(
     from skimage.measure import label, regionprops
 
     rows, columns = image.shape[:2]
-    if not (fused >= level).any():
+    if not (fused.astype(np.float64) >= level).any():
         return ()
-    values = placed(fused, rows, columns, resize)
+    values = placed(fused, rows, columns, resize).astype(np.float64)
     inside = np.nan_to_num(values, nan=-np.inf) >= level
     if not inside.any():  # a shrunken image may lose a peak of one pixel
         return ()
@@ -189,10 +190,10 @@ def regions(
 def gradcams(detector: Explainable, x: Tensor, e: Evidence) -> dict[str, Tensor]:
     """Grad-CAM of each score in `CAM_SCORES` for images (B, 3, S, S), (B, S, S), signed.
 
-    Σ_k w_k A_k of the encoder map at a quarter of the side or the coarsest above it, w_k the mean
+    Σ_k w_k A_k of the coarsest encoder map of at least an eighth of the side, w_k the mean
     gradient of the *score* by the channel (Selvaraju et al. 2017, eq. 1 and 2, without the
-    rectifier): above 0 where the evidence raises the score. The companion has an encoder of its
-    own: its verdicts are held fixed.
+    rectifier): above 0 where the evidence raises the score. The companion and the inspector have
+    encoders of their own: what they say is held fixed.
     """
     from captum.attr import LayerGradCam
 
@@ -215,7 +216,9 @@ def _differentiable(scorer: Scorer, name: str, known: Evidence) -> Callable[[Evi
     """The score as a function of the VAE's evidence, (B,); the companion's part is the known one."""
 
     def whole(e: Evidence) -> Tensor:
-        joined = e._replace(embedding=known.embedding, pretext=known.pretext)
+        joined = e._replace(
+            embedding=known.embedding, pretext=known.pretext, inspection=known.inspection
+        )
         return scorer(joined)[name].float()
 
     direct: dict[str, Callable[[Evidence], Tensor]] = {
@@ -226,11 +229,11 @@ def _differentiable(scorer: Scorer, name: str, known: Evidence) -> Callable[[Evi
     return direct.get(name, whole)
 
 
-GROUPS = {
-    "residual bands": slice(0, 8),
-    "image bands": slice(8, 16),
-    "latent": slice(16, 20),
-    "latent distance": slice(20, 21),
+GROUPS = {  # columns of `Scorer.statistics`
+    "residual bands": (0, 8),
+    "image bands": (8, 16),
+    "latent": (16, 20),
+    "latent distance": (20, 21),
 }
 
 
@@ -238,32 +241,53 @@ def shapley(scorer: Scorer, e: Evidence) -> dict[str, Tensor]:
     """How much each group of evidence contributed to the fused score, (B,) each, nats.
 
     Exact Shapley values (Shapley 1953): they and "ordinary image" add up to the score. A group that
-    is left out takes the value it has for the median normal image. The fused score is a sum over
-    the experts, so each expert is a game of its own; the density of the statistics is played over
-    all coalitions of their four groups.
+    is left out takes the value of the median normal image. The fused score is the sum of two sides,
+    so each side is a game of its own; the density of the statistics is four players of the second.
     """
     values = scorer(e)
-    experts = torch.stack([values[k] for k in EXPERTS], dim=1)
-    parts = scorer.fusion.parts(experts)
-    shares = {k: parts[:, i] for i, k in enumerate(EXPERTS) if k != "typicality"}
-    z = scorer.typicality.quantiles(scorer.statistics(e, values["mahalanobis"]))
-    kept = scorer.typicality.quantiles.kept.tolist()
-    columns = {
-        name: [i for i, k in enumerate(kept) if s.start <= k < s.stop] for name, s in GROUPS.items()
-    }
+    fusion, density = scorer.fusion, scorer.typicality
+    told = fusion.surprisals(torch.stack([values[k] for k in EXPERTS], dim=1))
+    at_rest = fusion.weights * surprisal(torch.zeros((), dtype=told.dtype))  # the median normal
+    z = density.quantiles(scorer.statistics(e, values["mahalanobis"]))
+    kept = density.quantiles.kept.tolist()
+    columns = {n: [i for i, k in enumerate(kept) if k in range(*s)] for n, s in GROUPS.items()}
+    plain = [k for k in EXPERTS if k != "typicality"]
+    place = {k: i for i, k in enumerate(EXPERTS)}
+    densities = {c: density.density(_seen(z, c, columns)) for c in _coalitions(tuple(GROUPS))}
 
-    def play(coalition: frozenset[str]) -> Tensor:
-        seen = torch.zeros_like(z)
-        for name in coalition:
-            seen[:, columns[name]] = z[:, columns[name]]
-        others = experts.clone()
-        others[:, 0] = scorer.typicality.density(seen)
-        return scorer.fusion.parts(others)[:, 0]
+    def play(coalition: frozenset[str], side: int) -> Tensor:
+        seen = at_rest.expand_as(told).clone()
+        for name in plain:
+            if name in coalition:
+                seen[:, place[name]] = told[:, place[name]]
+        scored = densities[coalition & frozenset(GROUPS)]
+        seen[:, place["typicality"]] = _typicality_told(scorer, values, scored)
+        return fusion.sides(seen)[:, side]
 
-    games = {c: play(c) for c in _coalitions(tuple(GROUPS))}
-    shares |= {name: _shapley_value(name, games, len(GROUPS)) for name in GROUPS}
-    shares["ordinary image"] = games[frozenset()]
+    shares: dict[str, Tensor] = {}
+    rest = torch.zeros_like(values["fused"])
+    others = tuple(k for k in plain if k not in PLACES)
+    for side, players in enumerate((PLACES, (*others, *GROUPS))):
+        games = {c: play(c, side) for c in _coalitions(players)}
+        shares |= {p: _shapley_value(p, games, len(players)) for p in players}
+        rest = rest + games[frozenset()]
+    shares["ordinary image"] = rest
     return shares
+
+
+def _seen(z: Tensor, coalition: frozenset[str], columns: dict[str, list[int]]) -> Tensor:
+    """The quantiles of the statistics in the coalition, the median's for the others."""
+    out = torch.zeros_like(z)
+    for name in coalition:
+        out[:, columns[name]] = z[:, columns[name]]
+    return out
+
+
+def _typicality_told(scorer: Scorer, values: dict[str, Tensor], typicality: Tensor) -> Tensor:
+    """The weighted surprisal (B,) of another typicality, the other scores as they are."""
+    experts = torch.stack([values[k] for k in EXPERTS], dim=1)
+    experts[:, EXPERTS.index("typicality")] = typicality
+    return scorer.fusion.surprisals(experts)[:, EXPERTS.index("typicality")]
 
 
 def _coalitions(players: tuple[str, ...]) -> list[frozenset[str]]:

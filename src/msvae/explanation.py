@@ -20,17 +20,19 @@ UNITS = {
     "residual": "standard deviations",
     "spatial": "standard deviations",
     "structure": "standard deviations",
+    "inspection": "log-odds",
     "fused": "standard deviations",
 }
 SIDE = 360  # px of one view at most
-SHOWN = ("residual", "spatial", "structure", "fused", "gradcam_fused")
+SHOWN = ("residual", "spatial", "structure", "inspection", "fused", "gradcam_fused")
 TITLES = {
     "reconstruction": "Reconstruction error",
     "difference": "Brighter or darker than rebuilt",
     "residual": "Unusual reconstruction error",
     "spatial": "Unusual features",
     "structure": "Unusual structure",
-    "fused": "All three, fused",
+    "inspection": "Marked as defect",
+    "fused": "All of them, fused",
     "gradcam_fused": "Grad-CAM of the fused score",
     "gradcam_mahalanobis": "Grad-CAM of the Mahalanobis distance",
     "gradcam_reconstruction": "Grad-CAM of the reconstruction error",
@@ -167,7 +169,9 @@ def views(e: Explanation) -> dict[str, Pixels]:
             scale = scale_of(name, whole[name], level)
             drawn[TITLES[name]] = pictures.overlay(image, whole[name], *scale, signed(name))
     fused = pictures.fit_map(np.nan_to_num(whole["fused"], nan=-1e9), rows, columns)
-    drawn["Regions"] = pictures.outline(image, fused >= e.level) if e.regions else image
+    drawn["Regions"] = (
+        pictures.outline(image, fused.astype(np.float64) >= e.level) if e.regions else image
+    )
     return drawn
 
 

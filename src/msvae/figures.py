@@ -20,6 +20,7 @@ SHOWN = (
     "order",
     "spatial",
     "structure",
+    "inspection",
     "weighted",
     "reconstruction",
     "mahalanobis",

@@ -30,7 +30,7 @@ from msvae.references import References
 from msvae.scorer import learn
 from msvae.scores import direction
 from msvae.table import write_quarantine
-from msvae.train import State, choose_device, to_batch, train
+from msvae.train import State, choose_device, to_batch, train, train_inspector
 
 REFERENCES = 1000  # training images whose thumbnails are kept
 THUMBNAIL = 32
@@ -90,6 +90,7 @@ def fit(
     Raises `DataError`, `ConfigError`, `RateError` or `RunError`, each with the remedy.
     """
     chosen = (config or settings.preset(preset)).replace(**(settings_changed or {}))
+    decision_of(chosen)  # refuse before the long work, not after
     progress = progress or Silent()
     folder = None if out is None else Path(out)
     if folder is not None:
@@ -167,7 +168,8 @@ def fit_parts(
         f"{sizes['conformal']} to calibrate on; {device.type}, {config.model.image_size} px"
     )
     state = _train(model, parts, config, folder, resume, progress)
-    scorer = _learn(model, parts.train.pixels, config, progress)
+    train_inspector(model, parts.train.pixels, config, progress)
+    scorer = _learn(model, parts, config, progress)
     calibration = calibrate_pixels(model, scorer, parts.conformal.pixels, progress)
     decision = decision_of(config)
     detector = Detector(
@@ -272,12 +274,16 @@ def _plain(value: Any) -> Any:
     return store.unpack(store.pack(value))
 
 
-def _learn(model: VAE, pixels: Pixels, config: Config, progress: Progress) -> Any:
+def _learn(model: VAE, parts: Parts, config: Config, progress: Progress) -> Any:
     device = next(model.parameters()).device
     with torch.no_grad():
         return learn(
             model,
-            lambda: (to_batch(b, device) for b in batches(pixels, progress, "learning scores")),
+            lambda: (
+                to_batch(b, device)
+                for b in batches(parts.train.pixels, progress, "learning scores")
+            ),
+            lambda: (to_batch(b, device) for b in batches(parts.stop.pixels, Silent(), "")),
             alpha=config.decide.alpha,
             beta=config.train.beta,
         )

@@ -4,7 +4,7 @@ Two-sided by nature: unusually low is as unusual as unusually high (DoSE, Mornin
 Scores with a direction come in one-sidedly and are added as surprisals (Fisher's method).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -151,31 +151,76 @@ class TwoSided:
 
 @dataclass(frozen=True)
 class Fusion:
-    """The weighted sum of the surprisals of several one-sided scores (after Fisher 1932), nats.
+    """Several scores with a direction into one, nats: surprisals added (Fisher 1932), in two sides.
 
-    Only what exceeds a score's `floor` counts. The scores need not be independent: the conformal
+    The first `local` scores look at places, the others at the whole picture. Each side's weighted
+    sum of surprisals is brought back to one surprisal, and the two are added: a side with many
+    scores has no more say than one with few. The scores need not be independent: the conformal
     p-value of the sum is right all the same.
     """
 
-    quantiles: QuantileMap
-    weights: Tensor  # (K',)
-    floors: Tensor  # (K',) nats
+    quantiles: QuantileMap  # of the scores
+    gap: Tensor  # (K',) where normal images lie that were not trained on, in quantiles
+    width: Tensor  # (K',) and how far they scatter
+    weights: Tensor  # (K,)
+    local: int
 
     @classmethod
-    def fit(cls, experts: Tensor, weights: Tensor, floors: Tensor) -> "Fusion":
-        """From the scores (N, K') of normal images; a constant one is left out."""
-        return cls(QuantileMap.fit(experts), weights, floors)
+    def fit(cls, experts: Tensor, weights: Tensor, local: int) -> "Fusion":
+        """From the scores (N, K) of the training images; a constant one is left out."""
+        quantiles = QuantileMap.fit(experts)
+        kept = len(quantiles.kept)
+        gap, width = torch.zeros(kept).double(), torch.ones(kept).double()
+        return cls(quantiles, gap, width, weights, local)
 
-    def parts(self, experts: Tensor) -> Tensor:
-        """(B, K') scores -> (B, K') shares in nats; their sum is the fused score."""
-        kept = self.quantiles.kept
-        excess = (surprisal(self.quantiles(experts)) - self.floors[kept]).clamp_min(0)
-        shares = torch.zeros_like(experts)
-        return shares.index_copy(1, kept, self.weights[kept] * excess)
+    def corrected(self, held: Tensor) -> "Fusion":
+        """The same for images that were not trained on, from the scores (M, K) of a few of them.
+
+        A network knows its training images: new normal images score higher in everything it
+        learned. Shrunk to no correction where there are few.
+        """
+        z, m = self.quantiles(held), len(held)
+        gap = m / (m + 5) * z.median(dim=0).values
+        deviation = (z - z.median(dim=0).values).abs().median(dim=0).values / 0.6745
+        width = (m / (m + 10) * deviation.clamp(0.1, 10).log()).exp()
+        return replace(self, gap=gap, width=width)
+
+    def surprisals(self, experts: Tensor) -> Tensor:
+        """Weighted surprisals (B, K) of scores (B, K), nats; 0 where a score was constant."""
+        told = surprisal((self.quantiles(experts) - self.gap) / self.width)
+        return _spread(told, self.quantiles.kept, experts.shape[1]) * self.weights
+
+    def sides(self, surprisals: Tensor) -> Tensor:
+        """The surprisal of each side, (B, 2), from the scores' weighted surprisals (B, K)."""
+        count = torch.zeros_like(self.weights)
+        count[self.quantiles.kept] = self.weights[self.quantiles.kept]
+        sums = [surprisals[:, : self.local].sum(dim=1), surprisals[:, self.local :].sum(dim=1)]
+        counts = (float(count[: self.local].sum()), float(count[self.local :].sum()))
+        return torch.stack([tail_of_sum(s, k) for s, k in zip(sums, counts, strict=True)], dim=1)
 
     def __call__(self, experts: Tensor) -> Tensor:
-        """(B, K') -> (B,), nats."""
-        return self.parts(experts).sum(dim=1)
+        """(B, K) -> (B,), nats."""
+        return self.sides(self.surprisals(experts)).sum(dim=1)
+
+
+def tail_of_sum(total: Tensor, count: float) -> Tensor:
+    """-log P(a sum of `count` surprisals >= total), nats: that of a gamma law (Fisher 1932).
+
+    Far out the leading term of its asymptotic series, where the law itself would underflow.
+    """
+    if count < 1e-6:
+        return torch.zeros_like(total)
+    k = torch.full_like(total, max(count, 0.05))
+    x = total.clamp_min(1e-9)
+    far = x > 60 + 2 * k
+    near = torch.special.gammaincc(k, torch.where(far, torch.ones_like(x), x)).clamp_min(1e-300)
+    beyond = x - (k - 1) * x.log() + torch.lgamma(k) - torch.log1p((k - 1) / x)
+    return torch.where(far, beyond, -near.log())
+
+
+def _spread(values: Tensor, kept: Tensor, columns: int) -> Tensor:
+    """Values of the kept columns among zeros for the others, (B, columns)."""
+    return values.new_zeros(len(values), columns).index_copy(1, kept, values)
 
 
 def surprisal(z: Tensor) -> Tensor:

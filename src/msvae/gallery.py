@@ -10,13 +10,15 @@ from numpy.typing import NDArray
 from msvae import pictures
 from msvae.errors import DataError
 from msvae.pictures import Map, Pixels
-from msvae.wording import Interval, in_words, number
+from msvae.wording import Interval, in_words, number, tail
 
 GALLERY_LIMIT = 24
 GALLERIES_LIMIT = 12
 PICTURE_BYTES = 10_000_000
 NEAREST_LIMIT = 6
 PIXELATED_SIDE = 96
+OUTLINE_CHARS = 8000
+SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 class Level(NamedTuple):
@@ -191,10 +193,14 @@ def _item(
 ) -> dict[str, Any]:
     largest = max((abs(v) for v in item.contributions.values()), default=0) or 1
     small = max(item.image.shape[:2]) <= level.thumb  # the thumbnail serves for the input
+    folder, _, base = tail(item.name).rpartition("/")
     view = {
         "item": item,
+        "base": base,
+        "folder": "" if folder == item.kind else folder,  # the badge tells it already
         "thumb": pictures.data_uri(item.image, level.thumb, level.quality),
         "views": _views(item, level, with_input=not small),
+        "truth": None if item.mask is None else _truth(item.mask, level),
         "maps": [_map_view(item, m, m.scale or scales[m.name], level) for m in item.maps],
         "nearest": [
             (name, pictures.data_uri(picture, level.thumb, level.quality))
@@ -211,39 +217,89 @@ def _item(
 def _size(view: dict[str, Any]) -> int:
     """About how many bytes an item takes up in the page."""
     sources = [view["thumb"], *(uri for _, uri in view["views"] + view["nearest"])]
+    drawn = [view["truth"], *(m["outline"] for m in view["maps"])]
     lines = len(view["scores"]) + len(view["contributions"]) + len(view["item"].notes)
     return (
-        sum(len(u) for u in sources) + sum(len(m["src"]) for m in view["maps"]) + 2000 + 300 * lines
+        sum(len(u) for u in sources)
+        + sum(len(m["src"]) for m in view["maps"])
+        + sum(len(outline["path"]) for outline in drawn if outline)
+        + 2000
+        + 300 * lines
     )
 
 
 def _views(item: Item, level: Level, with_input: bool) -> list[tuple[str, str]]:
-    """Input, reconstruction and true defect; the input's source stays empty if not wanted."""
-    image = pictures.shrink(item.image, level.side)
-    source = pictures.data_uri(image, level.side, level.quality) if with_input else ""
+    """Input and reconstruction; the input's source stays empty if not wanted."""
+    source = pictures.data_uri(item.image, level.side, level.quality) if with_input else ""
     views = [("Input", source)]
     if item.reconstruction is not None:
         drawn = pictures.data_uri(item.reconstruction, level.side, level.quality)
         views.append(("Reconstruction", drawn))
-    if item.mask is not None:
-        inside = pictures.fit_mask(item.mask, *image.shape[:2])
-        drawn = pictures.data_uri(pictures.outline(image, inside), level.side, level.quality)
-        views.append(("True defect", drawn))
     return views
+
+
+def _truth(mask: NDArray[np.bool_], level: Level) -> dict[str, str] | None:
+    size = _bounded(mask.shape, level.side)
+    return contour(pictures.fit_mask(mask, *size).astype(np.float32), 0.5)
+
+
+def _bounded(shape: tuple[int, ...], side: int) -> tuple[int, int]:
+    scale = min(1, side / max(shape))
+    return max(1, round(shape[0] * scale)), max(1, round(shape[1] * scale))
 
 
 def _map_view(item: Item, m: MapView, scale: Interval, level: Level) -> dict[str, Any]:
     image = pictures.shrink(item.image, level.side)
     drawn = pictures.overlay(image, m.values, *scale, m.signed)
+    clean = np.nan_to_num(m.values)
+    outline = None
     if m.level is not None:
-        values = pictures.fit_map(m.values, *image.shape[:2])
-        drawn = pictures.outline(drawn, values >= m.level)
-    peak = float(np.nan_to_num(m.values).max())
+        outline = contour(pictures.fit_map(clean, *_bounded(clean.shape, level.side)), m.level)
+    peak = clean.flat[np.abs(clean).argmax()] if m.signed else clean.max()
     return {
         "name": m.name,
         "src": pictures.data_uri(drawn, level.side, level.quality),
         "gradient": pictures.gradient(m.signed),
-        "low": number(scale[0], 2),
-        "high": number(scale[1], 2),
-        "peak": f"peak {number(peak, 2)} {m.unit}".strip(),
+        "low": readable(scale[0], 2),
+        "high": readable(scale[1], 2),
+        "peak": f"peak {readable(float(peak), 2)} {m.unit}".strip(),
+        "outline": outline,
+        "level": readable(m.level, 2) if outline else "",
     }
+
+
+def contour(values: Map, level: float) -> dict[str, str] | None:
+    """The lines round where a map reaches `level`, as an SVG path over the picture; None without.
+
+    Of very many lines the longest are kept.
+    """
+    from skimage.measure import approximate_polygon, find_contours
+
+    if min(values.shape) < 2 or not values.min() < level <= values.max():
+        return None
+    path = ""
+    for line in sorted(find_contours(values, level), key=len, reverse=True):
+        corners = approximate_polygon(line, 0.35) + 0.5  # pixel centres lie at halves
+        closed = len(corners) > 2 and bool((corners[0] == corners[-1]).all())
+        steps = "L".join(f"{x:.1f} {y:.1f}" for y, x in corners[: -1 if closed else None])
+        path += f"M{steps}{'Z' if closed else ''}"
+        if len(path) > OUTLINE_CHARS:
+            break
+    rows, columns = values.shape
+    return {"path": path, "box": f"0 0 {columns} {rows}"}
+
+
+def readable(value: float | str | None, digits: int = 3) -> str:
+    """A figure as the page shows it: with a true minus, and powers of ten in place of `e+06`."""
+    text = number(value, digits)
+    if isinstance(value, str):
+        return text
+    mantissa, _, power = text.partition("e")
+    exponent = f" × 10{str(int(power)).translate(SUPERSCRIPT)}" if power else ""
+    return mantissa.replace("-", "−") + exponent
+
+
+def signed(value: float) -> str:
+    """A share of the fused score with its sign; what is less than half a hundredth is none."""
+    text = readable(value if abs(value) >= 0.005 else 0.0, 2)
+    return text if text.startswith("−") else f"+{text}"

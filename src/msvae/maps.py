@@ -27,6 +27,13 @@ def signed_difference(e: Evidence) -> Tensor:
     return (e.x - e.recon).mean(dim=1)
 
 
+def inspection(e: Evidence) -> Tensor:
+    """The inspector's log-odds of a defect, smoothed, (B, H, W); zeros without an inspector."""
+    if e.inspection.shape[-1] == 0:
+        return torch.zeros_like(e.x[:, 0])
+    return smooth(e.inspection, max(e.x.shape[-1] / 64, 0.5))
+
+
 def smooth(maps: Tensor, sigma: float) -> Tensor:
     """Gaussian blur of maps (B, H, W), edges mirrored; `sigma` in pixels of the map."""
     radius = min(max(1, round(3 * sigma)), maps.shape[-1] - 1, maps.shape[-2] - 1)

@@ -1,7 +1,8 @@
-"""The β-VAE, whole: encoder, latent Gaussian, decoder, and the self-supervised companion.
+"""The β-VAE, whole: encoder, latent Gaussian, decoder; and its companion and inspector.
 
 x (B,3,H,W) ─ stages ─► (B,C,h,w) ─► mu, logvar (B,Z) ─ z ─► (B,C,h,w) ─ ups ─► recon (B,3,H,W)
 transformed x ─ companion ─► embedding (B,E) ─► order (B,6), turn (B,4) log-probabilities
+x with imagined defects ─ inspector ─► log-odds of a defect at each pixel (B,H,W)
 """
 
 from itertools import pairwise, permutations
@@ -82,6 +83,47 @@ class Companion(nn.Module):
         return order.log_softmax(dim=1), turn.log_softmax(dim=1)
 
 
+class Inspector(nn.Module):
+    """Marks defects: a small U-Net (Ronneberger et al. 2015) from half the resolution downwards.
+
+    It never saw a real one: it learns to find those that `imagine` paints on normal images.
+    """
+
+    WIDTHS = (32, 64, 96, 128)
+    SIDEWAYS = (32, 64, 96, 96)  # channels on the way back up
+
+    def __init__(self) -> None:
+        super().__init__()
+        first = nn.Conv2d(3, self.WIDTHS[0], 4, 2, padding=1, bias=False)
+        stem = nn.Sequential(
+            first, nn.BatchNorm2d(self.WIDTHS[0]), nn.SiLU(), _stage(32, self.WIDTHS[0], 1, True)
+        )
+        self.downs = nn.ModuleList([stem])
+        for wide, narrow in pairwise(self.WIDTHS):
+            down = nn.Sequential(_stage(wide, narrow, 2, True), _stage(narrow, narrow, 1, True))
+            self.downs.append(down)
+        sides = list(zip(self.WIDTHS, self.SIDEWAYS, strict=True))
+        self.across = nn.ModuleList([nn.Conv2d(a, b, 1) for a, b in sides])
+        self.merge = nn.ModuleList([nn.Conv2d(b, a, 1) for a, b in pairwise(self.SIDEWAYS)])
+        self.ups = nn.ModuleList([_stage(a, a, 1, True) for a in self.SIDEWAYS[:-1]])
+        self.to_odds = nn.Conv2d(self.SIDEWAYS[0], 1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Log-odds of a defect at each pixel, (B, S, S), of images (B, 3, S, S) in [0, 1]."""
+        h, maps = x - 0.5, []
+        for down in self.downs:
+            h = down(h)
+            maps.append(h)
+        h = self.across[-1](h)
+        for i in reversed(range(len(self.ups))):
+            wide = F.interpolate(self.merge[i](h), size=maps[i].shape[-2:], mode="nearest")
+            h = self.ups[i](wide + self.across[i](maps[i]))
+        odds = F.interpolate(
+            self.to_odds(h).float(), size=x.shape[-2:], mode="bilinear", align_corners=False
+        )
+        return odds[:, 0]
+
+
 class VAE(nn.Module):
     """A convolutional β-VAE (Kingma & Welling 2014; Higgins et al. 2017)."""
 
@@ -107,6 +149,7 @@ class VAE(nn.Module):
             nn.Conv2d(mirrored[-1], 12, 3, padding=1), nn.PixelShuffle(2)
         )
         self.companion = Companion() if config.companion else None
+        self.inspector = Inspector() if config.inspector else None
 
     def encode(self, x: Tensor) -> tuple[Tensor, ...]:
         """Maps of every stage, fine to coarse, of images (B, 3, H, W) in [0, 1]."""
@@ -134,11 +177,15 @@ class VAE(nn.Module):
         mu, logvar = self.posterior(features[-1])
         z = mu if noise is None else mu + noise * (0.5 * logvar).exp()
         embedding = features[-1].mean(dim=(2, 3))
-        return Evidence(x, self.decode(z), mu, logvar, features, embedding, x.new_zeros(len(x), 0))
+        b = len(x)
+        inspection, pretext = x.new_zeros(b, 0, 0), x.new_zeros(b, 0)
+        return Evidence(x, self.decode(z), mu, logvar, features, embedding, inspection, pretext)
 
     def evidence(self, x: Tensor) -> Evidence:
-        """All that the scores read: the VAE's pass and the companion's verdicts."""
+        """All that the scores read: the VAE's pass, the inspector's and the companion's verdicts."""
         e = self(x)
+        if self.inspector is not None:
+            e = e._replace(inspection=self.inspector(x))
         if self.companion is None:
             return e
         embedding = self.companion.embed(x)

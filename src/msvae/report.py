@@ -7,6 +7,7 @@ may stay empty. Images are uint8 (H, W, 3), maps float32 (H, W), coloured here.
 import base64
 import hashlib
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,12 +16,13 @@ from typing import Any
 from msvae import operating, pictures
 from msvae.errors import DataError
 from msvae.files import write_text
-from msvae.gallery import Gallery, fit_galleries
+from msvae.gallery import Gallery, fit_galleries, readable, signed
 from msvae.operating import Operating
-from msvae.wording import Interval, Summary, clip, number, percent, promise, sentence, tail, tiles
+from msvae.wording import Interval, Summary, clip, percent, promise, sentence, tail, tiles
 
 FIGURE_BYTES = 1_500_000
 ROWS_LIMIT = 200
+WIDE = 2.2  # a drawing that is this many times as wide as high has a row of its own
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +94,7 @@ class Table:
     title: str
     columns: tuple[str, ...]
     rows: Mapping[str, Sequence[float | str | None]]
+    about: str = ""
     highlight: str = "fused"
     notes: tuple[str, ...] = ()
 
@@ -133,6 +136,11 @@ MAP_COLUMNS = {
     "f1_max": "F1-max (oracle)",
     "aupro": "AUPRO@0.3",
 }
+MAPS_ABOUT = (
+    "How well each map points at the true defects, pixel by pixel: 1 is perfect, and an AUROC of "
+    "0.5 is guessing. AUPRO counts small defects as much as large ones. F1-max takes its "
+    "threshold from these very images, so nothing in use can exceed it."
+)
 
 
 def maps_table(maps: Mapping[str, Mapping[str, float]], **more: Any) -> Table:
@@ -141,7 +149,8 @@ def maps_table(maps: Mapping[str, Mapping[str, float]], **more: Any) -> Table:
     keys = [k for k in MAP_COLUMNS if k in present] + [k for k in present if k not in MAP_COLUMNS]
     columns = tuple(MAP_COLUMNS.get(k, k.replace("_", " ").capitalize()) for k in keys)
     rows = {name: tuple(figures.get(k) for k in keys) for name, figures in maps.items()}
-    return Table(**{"title": "Where in the picture", "columns": columns, "rows": rows, **more})
+    words = {"title": "Where in the picture", "about": MAPS_ABOUT}
+    return Table(**{**words, "columns": columns, "rows": rows, **more})
 
 
 def render(report: Report) -> str:
@@ -156,7 +165,8 @@ def render(report: Report) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    env.filters |= {"percent": percent, "number": number, "tail": tail, "clip": clip}
+    env.filters |= {"percent": percent, "number": readable, "tail": tail, "clip": clip}
+    env.filters |= {"signed": signed, "unbroken": _unbroken}
     script = (here / "report.js").read_text(encoding="utf-8")
     figures, dark = _figures(report.figures)
     return env.get_template("report.html.j2").render(
@@ -190,8 +200,13 @@ def _slider(o: Operating) -> dict[str, Any]:
     }
 
 
-def _figures(figures: Sequence[Figure]) -> tuple[list[tuple[Figure, str]], str]:
-    """Each figure with its themed SVG (empty where it is too large), and the dark colours."""
+def _unbroken(text: str) -> str:
+    """A text in which no line ends between a figure and its per cent sign."""
+    return text.replace(" %", "\u00a0%")
+
+
+def _figures(figures: Sequence[Figure]) -> tuple[list[tuple[Figure, str, bool]], str]:
+    """Each figure, its themed SVG (empty: too large), whether it is wide; and the dark colours."""
     out, colours = [], set[str]()
     room = 2 * FIGURE_BYTES
     for k, figure in enumerate(figures):
@@ -200,6 +215,11 @@ def _figures(figures: Sequence[Figure]) -> tuple[list[tuple[Figure, str]], str]:
             svg, used = pictures.themed_svg(figure.svg, f"f{k}-")
             colours |= used
             room -= len(svg)
-        out.append((figure, svg))
+        out.append((figure, svg, _is_wide(svg)))
     lines = "".join(f"--fig-{c[1:]}:{pictures.for_dark(c)};" for c in sorted(colours))
     return out, f"@media screen and (prefers-color-scheme: dark){{:root{{{lines}}}}}\n"
+
+
+def _is_wide(svg: str) -> bool:
+    box = re.search(r'viewBox="[\d.-]+ [\d.-]+ ([\d.]+) ([\d.]+)"', svg)
+    return box is not None and float(box[1]) > WIDE * float(box[2])

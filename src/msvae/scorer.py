@@ -23,8 +23,8 @@ from msvae.tensors import to_device
 Batches = Callable[[], Iterable[Tensor]]  # each call goes over the training images once more
 
 # What the fusion adds up: a two-sided density of the VAE's statistics, and scores with a direction.
-EXPERTS = ("typicality", "spatial", "residual", "structure", "order", "turn", "neighbours")
-FUSED_MAPS = ("residual", "spatial", "structure")  # the mean of these is the fused map
+PLACES = ("residual", "spatial", "structure", "inspection")  # maps; their peaks, and their mean
+EXPERTS = (*PLACES, "typicality", "order", "turn", "neighbours")
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Scorer:
     residual: ResidualMap
     spatial: SpatialMap
     structure: StructureMap
-    map_scale: Tensor  # (3, 2) mean and deviation of each of `FUSED_MAPS` on normal images
+    map_scale: Tensor  # (4, 2) mean and deviation of each of `PLACES` on normal images
     bands: TwoSided
     complexity: TwoSided
     typicality: TwoSided
@@ -66,9 +66,10 @@ class Scorer:
             "residual": self.residual(e),
             "spatial": at_size(self.spatial(e), side),
             "structure": at_size(self.structure(e.x), side),
+            "inspection": maps.inspection(e),
         }
-        scaled = [(found[k] - m) / s for k, (m, s) in zip(FUSED_MAPS, self.map_scale, strict=True)]
-        return {**found, "fused": torch.stack(scaled).mean(dim=0)}
+        together = torch.stack([found[k] for k in PLACES])
+        return {**found, "fused": fused(together, self.map_scale)}
 
     def __call__(self, e: Evidence, found: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
         """Every score, (B,) each, on the CPU in double precision; `fused` last.
@@ -85,6 +86,7 @@ class Scorer:
             "spatial": found["spatial"].amax(dim=(1, 2)),
             "residual": found["residual"].amax(dim=(1, 2)),
             "structure": found["structure"].amax(dim=(1, 2)),
+            "inspection": found["inspection"].amax(dim=(1, 2)),
             "order": scores.order(e),
             "turn": scores.turn(e),
             "neighbours": self.neighbours(e),
@@ -110,8 +112,12 @@ class Scorer:
 RESIDUAL, INPUT = slice(0, 8), slice(8, 16)  # columns of `Scorer.statistics`
 
 
-def learn(model: VAE, batches: Batches, *, alpha: float, beta: float) -> Scorer:
-    """Learn every score's parameters from the training images, in two passes over `batches`."""
+def learn(model: VAE, batches: Batches, held: Batches, *, alpha: float, beta: float) -> Scorer:
+    """Learn every score's parameters from the training images, in two passes over `batches`.
+
+    `held` are the normal images of the stop part: they tell how much higher those score that were
+    not trained on.
+    """
     device = next(model.parameters()).device
     first = _Gathered(model, batches)
     mahalanobis = Mahalanobis.fit(first["mu"])
@@ -132,7 +138,7 @@ def learn(model: VAE, batches: Batches, *, alpha: float, beta: float) -> Scorer:
         "neighbours": neighbours.to(first["direction"], skip=1),
         **peaks,
     }
-    return Scorer(
+    scorer = Scorer(
         alpha=alpha,
         beta=beta,
         variance=first["reconstruction"].mean(),
@@ -148,23 +154,24 @@ def learn(model: VAE, batches: Batches, *, alpha: float, beta: float) -> Scorer:
         typicality=typicality,
         fusion=_fuse({k: v.double() for k, v in experts.items()}),
     ).on(device)
+    told = [scorer(model.evidence(x)) for x in held()]
+    others = torch.cat([torch.stack([found[k] for k in EXPERTS], dim=1) for found in told])
+    return replace(scorer, fusion=scorer.fusion.corrected(others))
 
 
 def _fuse(experts: dict[str, Tensor]) -> Fusion:
     """The fusion of the training images' scores.
 
     A task's score weighs as much as the companion learned of the task: 1 for certainty, 0 for a
-    guess (a task that cannot be learned says nothing). The peak of a map is a maximum over many
-    places, and varies on normal images without meaning: it counts by its excess over the 5 % level.
+    guess (a task that cannot be learned says nothing).
     """
     weights = dict.fromkeys(EXPERTS, 1.0)
     for name, chance in (("order", len(ORDERS)), ("turn", len(TURNS))):
         weights[name] = max(0.0, 1 - float(experts[name].mean()) / log(chance))
-    floors = {k: log(20) if k in FUSED_MAPS else 0.0 for k in EXPERTS}
     return Fusion.fit(
         torch.stack([experts[k] for k in EXPERTS], dim=1),
         torch.tensor([weights[k] for k in EXPERTS], dtype=torch.float64),
-        torch.tensor([floors[k] for k in EXPERTS], dtype=torch.float64),
+        len(PLACES),
     )
 
 
@@ -213,23 +220,31 @@ def _measure_maps(
     structure: StructureMap,
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Peaks (N,) of the fitted maps on the training images, and each map's mean and deviation."""
-    peaks: dict[str, list[Tensor]] = {name: [] for name in FUSED_MAPS}
-    sums = torch.zeros(len(FUSED_MAPS), 3, dtype=torch.float64)
+    peaks: list[Tensor] = []
+    sums = torch.zeros(len(PLACES), 3, dtype=torch.float64)
     for x in batches():
-        e, side = model(x), x.shape[-1]
+        e, side = model.evidence(x), x.shape[-1]
         found = {
             "residual": residual(e),
             "spatial": at_size(spatial(e, leave_out=True), side),
             "structure": at_size(structure(x, leave_out=True), side),
+            "inspection": maps.inspection(e),
         }
-        for i, name in enumerate(FUSED_MAPS):
-            peaks[name].append(found[name].amax(dim=(1, 2)).cpu())
-            d = found[name].double().cpu()
-            sums[i] += torch.tensor([d.numel(), float(d.sum()), float(d.square().sum())])
+        together = torch.stack([found[k] for k in PLACES])
+        peaks.append(together.amax(dim=(2, 3)).cpu())
+        d = together.flatten(1).double().cpu()
+        count = torch.full((len(d),), float(d.shape[1]), dtype=torch.float64)
+        sums += torch.stack([count, d.sum(dim=1), d.square().sum(dim=1)], dim=1)
     mean = sums[:, 1] / sums[:, 0]
     deviation = (sums[:, 2] / sums[:, 0] - mean.square()).clamp_min(1e-12).sqrt()
     scale = torch.stack([mean, deviation], dim=1).float()
-    return {name: torch.cat(parts) for name, parts in peaks.items()}, scale
+    return dict(zip(PLACES, torch.cat(peaks, dim=1), strict=True)), scale
+
+
+def fused(found: Tensor, scale: Tensor) -> Tensor:
+    """Mean of the maps (4, B, H, W), each in its standard deviations on normal images, (B, H, W)."""
+    mean, deviation = scale.to(found.device).T[:, :, None, None, None]
+    return ((found - mean) / deviation).mean(dim=0)
 
 
 def at_size(coarse: Tensor, side: int) -> Tensor:

@@ -120,8 +120,11 @@ class StructureMap:
         gaps = torch.cdist(told, self.descriptors)
         if leave_out:
             gaps = gaps.masked_fill(gaps < SELF * told.shape[1] ** 0.5, torch.inf)
-        alike = gaps.topk(min(ALIKE, gaps.shape[1]), dim=1, largest=False).indices
-        rows = [self._nearest(q, self.places[a]) for q, a in zip(queries, alike, strict=True)]
+        near, alike = gaps.topk(min(ALIKE, gaps.shape[1]), dim=1, largest=False)
+        others = [
+            a[d.isfinite()] if d.isfinite().any() else a for a, d in zip(alike, near, strict=True)
+        ]
+        rows = [self._nearest(q, self.places[a]) for q, a in zip(queries, others, strict=True)]
         return torch.stack(rows).unflatten(1, statistics.shape[2:])
 
     @staticmethod

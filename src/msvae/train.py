@@ -20,6 +20,7 @@ from msvae import scores
 from msvae.augment import augment
 from msvae.config import Config, TrainConfig
 from msvae.errors import TrainingError
+from msvae.imagine import COLOURED, Imagination, varied
 from msvae.model import ORDERS, TURNS, VAE
 from msvae.progress import Progress, Silent
 
@@ -27,6 +28,7 @@ Pixels = NDArray[np.uint8]
 Row = dict[str, float]
 Note = Callable[[str], None]
 DIVERGED = "the loss is not a finite number: lower train.learning_rate"
+INSPECTOR_RATE = 2e-3
 SHORTEST_EPOCH = 25  # steps; a small folder is passed over several times in one epoch
 
 
@@ -197,9 +199,58 @@ def train(
         state.history.append(row)
         _keep(trainer, state, row["stop_loss"])
         save(state)
+    next(ticks, None)  # lets the bar end
     model.load_state_dict(_under(state.tensors, "best."))
     model.eval()
     return state
+
+
+def inspection_loss(odds: Tensor, mask: Tensor) -> Tensor:
+    """Cross-entropy of the pixels, plus the share that mask and marks do not overlap (Dice)."""
+    found = odds.sigmoid()
+    overlap = (2 * (found * mask).sum() + 1) / (found.sum() + mask.sum() + 1)
+    return F.binary_cross_entropy_with_logits(odds, mask) + 0.3 * (1 - overlap)
+
+
+def train_inspector(
+    model: VAE, pixels: Pixels, config: Config, progress: Progress | None = None
+) -> None:
+    """Teach the model's inspector, in place, to mark imagined defects on pixels (N, S, S, 3).
+
+    A loop of its own, since it wants more steps of smaller images than the VAE; it depends on the
+    arguments and the seed alone. Raises `TrainingError` when the loss is not a finite number.
+    """
+    inspector = model.inspector
+    if inspector is None:
+        return
+    c, device, side = config.train, next(model.parameters()).device, config.model.image_size
+    gen = _generator(c.seed, -2)
+    coloured = float(pixels[:200].std(axis=3).mean()) > COLOURED
+    imagination = Imagination.prepare(side, coloured, gen)
+    optimiser = torch.optim.AdamW(inspector.parameters(), weight_decay=1e-4, fused=True)
+    size, loss = (32 if side <= 64 else 16), torch.zeros(())
+    inspector.train()
+    ticks = (progress or Silent()).track(
+        range(c.inspector_steps), "imagining defects", c.inspector_steps
+    )
+    for step in ticks:
+        rows = torch.randint(len(pixels), (size,), generator=gen).numpy()
+        spoilt, mask = imagination(varied(to_batch(pixels[rows], device), gen), gen)
+        spoilt = spoilt.contiguous(memory_format=torch.channels_last)
+        with torch.autocast(device.type, torch.bfloat16, enabled=_bf16_pays(c, device)):
+            odds = inspector(spoilt)
+        loss = inspection_loss(odds.float(), mask)
+        at = step / c.inspector_steps
+        optimiser.param_groups[0]["lr"] = INSPECTOR_RATE * min(1, 10 * at + 0.1) * (1 - at)
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(inspector.parameters(), 5.0)
+        optimiser.step()
+        if progress is not None and step % 20 == 0:
+            progress.note(f"loss {loss:.3f}")
+    if not torch.isfinite(loss):
+        raise TrainingError(DIVERGED)
+    inspector.eval()
 
 
 def _patience_over(state: State, patience: int) -> bool:

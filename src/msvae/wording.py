@@ -18,6 +18,7 @@ ABOUT = {
     "spatial": "peak of the local feature distance",
     "residual": "peak of the standardised error map",
     "structure": "peak of the local structure distance",
+    "inspection": "peak of the marked defects",
     "order": "which channel order is this?",
     "turn": "how many quarter turns is this?",
     "neighbours": "cosine distance to the nearest normals",

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from msvae import config as settings
 from msvae import explanation, figures, files, metrics, pictures
 from msvae.calibration import Calibration, Decision, rank
 from msvae.data.folder import Sample, find_labelled
-from msvae.data.images import digest, load_mask, open_image, squared
+from msvae.data.images import digest, image_size, load_mask, open_image, squared
 from msvae.data.split import check_disjoint
 from msvae.data.textures import write_demo
 from msvae.detector import Detector, EachMap, Maps, Scan
@@ -24,6 +25,7 @@ from msvae.progress import Progress, Silent
 from msvae.table import ScoreTable, write_quarantine
 
 Say = Callable[[str], None]
+CALIBRATED = "calibrated.csv"  # in a run: the images of its last calibration
 MAP_SIDE = 512  # px of a map's picture at most
 
 
@@ -103,14 +105,36 @@ def masks_of(samples: Sequence[Sample], size: int, resize: Any) -> NDArray[np.bo
     if not any(s.mask for s in samples):
         return None
     empty = np.zeros((size, size), dtype=bool)
-    return np.stack([load_mask(s.mask, size, resize) if s.mask else empty for s in samples])
+    return np.stack([_mask(s, size, resize) if s.mask else empty for s in samples])
+
+
+def _mask(sample: Sample, size: int, resize: Any) -> NDArray[np.bool_]:
+    mask = sample.mask
+    if mask is None or image_size(mask) != image_size(sample.path):
+        raise DataError(f"{mask}: has another size than its image {sample.path}: draw it anew")
+    return load_mask(mask, size, resize)
 
 
 def refuse_leak(run: Path, samples: Sequence[Sample]) -> None:
-    """Raise `DataError` when a test image has the content of an image that the run was fitted on."""
-    fitted = [row["sha256"] for row in files.read_rows(run / "split.csv")]
-    names = [str(s.path) for s in samples]
-    check_disjoint(fitted, [digest(s.path) for s in samples], names)
+    """Raise `DataError` when a test image has the content of one the run was fitted on."""
+    rows = [*files.read_rows(run / "split.csv"), *files.read_rows(run / CALIBRATED)]
+    known = digests_of([s.path for s in samples])
+    check_disjoint([row["sha256"] for row in rows], list(known.values()), list(known))
+
+
+def digests_of(paths: Sequence[Path]) -> dict[str, str]:
+    """The sha256 of each file by its path; one that cannot be read is left to the scan to list."""
+    found = {}
+    for path in paths:
+        with suppress(ImageError):
+            found[str(path)] = digest(path)
+    return found
+
+
+def write_calibrated(run: Path, normals: Sequence[Path]) -> None:
+    """Keep which images the run was calibrated on, so that none of them is tested on."""
+    rows = [{"path": k, "sha256": v} for k, v in digests_of(normals).items()]
+    files.write_rows(run / CALIBRATED, rows)
 
 
 def history_of(run: Path) -> list[dict[str, float]]:
@@ -134,14 +158,15 @@ def recalibrate(
     `rule` "f1" chooses the fused threshold that is best on these normals and labelled `anomalous`
     images at equal prevalence; "fixed" flags by the weighted score.
     """
-    rate = target_fpr or detector.decision.target_fpr
+    rate = detector.decision.target_fpr if target_fpr is None else target_fpr
+    rank(rate, len(normals))
+    if rule == "f1" and not anomalous:
+        raise ConfigError("--rule f1 needs labelled anomalies: name them with --anomalous")
     scan = detector.scan(normals, with_maps=True, progress=progress)
     rank(rate, len(scan.table))
     peaks = {k: v.max(axis=(1, 2)).astype(np.float64) for k, v in scan.maps.items()}
     calibration = Calibration(dict(scan.table.scores), peaks)
     if rule == "f1":
-        if not anomalous:
-            raise ConfigError("--rule f1 needs labelled anomalies: name them with --anomalous")
         found = detector.scan(anomalous, progress=progress).table.scores["fused"]
         best = metrics.best_f1_threshold(scan.table.scores["fused"], found)
         decision = Decision("f1", "fused", rate, best)
@@ -157,8 +182,8 @@ def refuse_trained(run: Path, normals: Sequence[Path]) -> None:
     """Raise `DataError` when calibration would use images that the run was trained on."""
     rows = files.read_rows(run / "split.csv")
     trained = {row["sha256"]: row["path"] for row in rows if row["part"] != "conformal"}
-    for path in normals:
-        if (content := digest(path)) in trained:
+    for path, content in digests_of(normals).items():
+        if content in trained:
             raise DataError(
                 f"{path}: has the content of {trained[content]}, which the run was trained on: "
                 "calibrate with other images"

@@ -82,6 +82,11 @@ def load_image(
     return np.asarray(image)
 
 
+def image_size(path: str | Path) -> tuple[int, int]:
+    """Width and height of an image file, px, as it is shown (turned by EXIF)."""
+    return _decoded(read_bytes(path), str(path)).size
+
+
 def load_mask(path: str | Path, size: int, resize: Resize = "stretch") -> NDArray[np.bool_]:
     """The mask at `size` x `size`: true where at least half of the block is mask.
 

@@ -42,12 +42,12 @@ class Tile:
 
 def scratch(tile: Grey, _: Grey, rng: np.random.Generator) -> tuple[Grey, Grey]:
     """A thin curved line with soft edges, bright or dark, fading towards its ends."""
-    length, bend = rng.uniform(17, 25), rng.uniform(-5, 5)
+    length, bend = rng.uniform(20, 28), rng.uniform(-5, 5)
     angle, centre = rng.uniform(0, np.pi), rng.uniform(12, 20, 2)
     along, across = _axes(angle, centre)
     way = (2 * along / length).clip(-1, 1)
     distance = np.hypot(along - way * length / 2, across - bend * (1 - way**2))
-    width = rng.uniform(0.7, 1.1) * (1 - 0.4 * way**2)
+    width = rng.uniform(1.0, 1.5) * (1 - 0.4 * way**2)
     cover = _soft(distance, width, 0.6)
     tone = 0.98 if tile[cover > 0.5].mean() < rng.uniform(0.3, 0.6) else 0.02
     return _laid(tile, np.full_like(tile, tone), 0.9 * cover), cover
@@ -55,13 +55,13 @@ def scratch(tile: Grey, _: Grey, rng: np.random.Generator) -> tuple[Grey, Grey]:
 
 def stain(tile: Grey, _: Grey, rng: np.random.Generator) -> tuple[Grey, Grey]:
     """A soft-edged blot that darkens what lies under it; the texture shows through."""
-    cover = _blob(rng, radius=rng.uniform(3.6, 4.8), rough=0.25, edge=1.0)
+    cover = _blob(rng, radius=rng.uniform(5.0, 6.4), rough=0.25, edge=1.0)
     return tile * (1 - rng.uniform(0.62, 0.75) * cover), cover
 
 
 def pit(tile: Grey, _: Grey, rng: np.random.Generator) -> tuple[Grey, Grey]:
     """A hole: dark inside, deeper away from the light, with a lit rim on the far side."""
-    radius, light = rng.uniform(2.8, 4.0), rng.uniform(0, 2 * np.pi)
+    radius, light = rng.uniform(3.8, 5.2), rng.uniform(0, 2 * np.pi)
     centre = rng.uniform(9, 23, 2)
     along, across = _axes(light, centre)
     distance = np.hypot(along, across * rng.uniform(1.0, 1.3))
@@ -74,7 +74,7 @@ def pit(tile: Grey, _: Grey, rng: np.random.Generator) -> tuple[Grey, Grey]:
 
 def patch(tile: Grey, other: Grey, rng: np.random.Generator) -> tuple[Grey, Grey]:
     """A piece of another material, cut to an uneven outline and let in with a soft border."""
-    cover = _blob(rng, radius=rng.uniform(4.2, 5.0), rough=0.3, edge=0.6)
+    cover = _blob(rng, radius=rng.uniform(5.6, 6.8), rough=0.3, edge=0.6)
     inside = cover > 0.5
     piece = other - other[inside].mean()
     tone = tile[inside].mean()
@@ -88,7 +88,7 @@ def wear(tile: Grey, _: Grey, rng: np.random.Generator) -> tuple[Grey, Grey]:
     """A rubbed spot: the relief is gone and the surface is paler."""
     from scipy.ndimage import gaussian_filter
 
-    cover = _blob(rng, radius=rng.uniform(4.3, 5.0), rough=0.2, edge=1.0)
+    cover = _blob(rng, radius=rng.uniform(5.8, 7.0), rough=0.2, edge=1.0)
     smooth = gaussian_filter(tile, 3.0)
     pale = smooth + rng.uniform(0.55, 0.7) * (0.95 - smooth)
     return _laid(tile, pale, 0.95 * cover), cover

@@ -95,32 +95,55 @@ function byChance(expected) {
 }
 
 function count(n) { return n.toLocaleString("en"); }
-function fixed(v) { return Number.isFinite(v) ? v.toFixed(3) : "–"; }
-function short(v) { return Math.abs(v) >= 1e5 ? v.toExponential(2) : String(Number(v.toPrecision(4))); }
+function fixed(v) { return Number.isFinite(v) ? rounded(v, 3) : "–"; }
+function short(v) {
+  if (Math.abs(v) < 1e4) return String(Number(v.toPrecision(4)));
+  return Math.abs(v) < 1e9 ? v.toLocaleString("en", { maximumSignificantDigits: 4 }) : v.toExponential(2);
+}
+function rounded(v, places) { // an exact half goes to the even digit, as in the rest of the page
+  if ((v * 2 ** (places + 1)) % 2 !== 1) return v.toFixed(places);
+  const below = Math.floor(v * 10 ** places);
+  return ((below + (below % 2)) / 10 ** places).toFixed(places);
+}
 function percent(v) {
   if (!Number.isFinite(v)) return "–";
   const hundredths = 100 * v;
   if (v < 1 && hundredths >= 99.95) return "> 99.9\u00a0%";
-  const text = hundredths >= 9.95 ? hundredths.toFixed(1).replace(/\.0$/, "") : String(Number(hundredths.toPrecision(2)));
-  return text + "\u00a0%";
+  const places = hundredths >= 9.95 ? 1 : hundredths > 0 ? 1 - Math.floor(Math.log10(hundredths)) : 0;
+  return Number(rounded(hundredths, places)) + "\u00a0%";
 }
 
 // The viewer: one dialog, filled from the template beside the opened item.
 const viewer = document.getElementById("viewer");
 const body = viewer.querySelector("[data-body]");
 let opener = null;
+let truthShown = false;
 
 function siblings() { return [...opener.closest(".items").querySelectorAll(".item")]; }
 
 function fill(button) {
   opener = button;
   body.replaceChildren(document.getElementById(button.dataset.open).content.cloneNode(true));
-  for (const image of body.querySelectorAll("img[data-thumb]")) image.src = button.querySelector("img").src;
+  let input = button.querySelector("img").src; // for the pictures that are not kept twice
+  for (const image of body.querySelectorAll("[data-input]")) {
+    if (image.hasAttribute("src")) input = image.src; else image.src = input;
+  }
+  addTruth();
   const all = siblings(), at = all.indexOf(button);
   viewer.querySelector("[data-place]").textContent = `${at + 1} of ${all.length}`;
   viewer.querySelector('[data-step="-1"]').disabled = at === 0;
   viewer.querySelector('[data-step="1"]').disabled = at === all.length - 1;
-  viewer.scrollTop = 0;
+  body.scrollTop = 0;
+}
+
+function addTruth() { // the true defect's outline over every map, at will
+  const truth = body.querySelector("svg.truth"), box = body.querySelector("[data-truth]");
+  if (!box) return;
+  const copies = [...body.querySelectorAll(".map .picture")].map((picture) => picture.appendChild(truth.cloneNode(true)));
+  const show = () => { for (const copy of copies) copy.style.display = truthShown ? "" : "none"; };
+  box.checked = truthShown;
+  box.addEventListener("change", () => { truthShown = box.checked; show(); });
+  show();
 }
 
 function step(by) {

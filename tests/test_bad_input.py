@@ -1,0 +1,617 @@
+"""What bad input gets: one clear line with the remedy, or a line in the quarantine; nothing lost."""
+
+import csv
+import errno
+import hashlib
+import json
+import os
+import shutil
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.nn import functional as F
+
+from msvae import cli, fit, load
+from msvae.config import Config
+from msvae.data import cache
+from msvae.errors import DataError, ImageError, OutputError, RunError
+from msvae.table import ScoreTable
+from msvae.train import Trainer
+
+SETTINGS = {
+    "image_size": 32,
+    "hidden_dims": (8, 12),
+    "latent_dim": 6,
+    "companion": False,
+    "inspector": False,
+    "epochs": 1,
+    "min_steps": 0,
+    "batch_size": 8,
+    "target_fpr": 0.2,
+    "precision": "fp32",
+}
+CONFIG = Config().replace(**SETTINGS)
+N = 60
+
+
+def smooth_images(n, seed, side=32):
+    gen = torch.Generator().manual_seed(seed)
+    coarse = 0.3 + 0.4 * torch.rand(n, 3, 4, 4, generator=gen)
+    fine = F.interpolate(coarse, size=(side, side), mode="bicubic").clamp(0, 1)
+    return list((fine * 255).round().byte().permute(0, 2, 3, 1).contiguous().numpy())
+
+
+def write(folder, arrays, prefix=""):
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, array in enumerate(arrays):
+        Image.fromarray(array).save(folder / f"{prefix}{i:02}.png")
+    return folder
+
+
+def bomb(path):
+    """A PNG of a few bytes whose header promises 3.6 gigapixels."""
+
+    def chunk(kind, data):
+        body = kind + data
+        return struct.pack(">I", len(data)) + body + struct.pack(">I", zlib.crc32(body))
+
+    head = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
+    pixels = chunk(b"IDAT", zlib.compress(bytes(1000)))
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + pixels + chunk(b"IEND", b""))
+
+
+def truncated(path):
+    """The first half of a JPEG."""
+    Image.fromarray(smooth_images(1, 8, 64)[0]).save(path)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def tiny(path):
+    """7 pixels wide."""
+    Image.new("RGB", (7, 40)).save(path)
+
+
+BAD = {
+    "text.png": (lambda path: path.write_text("no picture"), "not an image"),
+    "half.jpg": (truncated, "damaged"),
+    "empty.png": (lambda path: path.touch(), "0 bytes"),
+    "bomb.png": (bomb, "decompression bomb"),
+    "small.png": (tiny, "7×40 px: at least 8"),
+}
+
+
+def entries(folder):
+    """Every file below, by its content."""
+    return {
+        p.relative_to(folder).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in sorted(folder.rglob("*"))
+        if p.is_file()
+    }
+
+
+def read(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """60 good files and one of every bad kind; a run that was fitted on all of them."""
+    with pytest.MonkeyPatch.context() as patch:
+        root = tmp_path_factory.mktemp("made")
+        patch.setenv("MSVAE_CACHE", str(root / "cache"))
+        write(root / "good", smooth_images(N, 0))
+        for name, (make, _) in BAD.items():
+            make(root / "good" / name)
+        write(root / "new", smooth_images(20, 1))
+        fit(root / "good", root / "run", config=CONFIG)
+        yield root
+
+
+@pytest.fixture
+def run(made, tmp_path):
+    """A copy of the run, to do harm to."""
+    return Path(shutil.copytree(made / "run", tmp_path / "run"))
+
+
+@pytest.fixture
+def msvae(capsys, tmp_path, monkeypatch):
+    """The command line: gives the exit code and what it said on stderr, line by line."""
+    monkeypatch.setenv("MSVAE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def call(*words):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            cli.main([str(w) for w in words])
+        return ended.value.code, capsys.readouterr().err.splitlines()
+
+    return call
+
+
+def flags():
+    """The settings as words of the command line."""
+    words = []
+    for name, value in SETTINGS.items():
+        option = name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{option}" if value else f"--no-{option}")
+        else:
+            words += [f"--{option}", *map(str, value if isinstance(value, tuple) else [value])]
+    return words
+
+
+def refused(answer, *texts):
+    """Exit code 2 and one single line of error, which says all the texts."""
+    code, lines = answer
+    assert code == 2
+    (line,) = [li for li in lines if li.startswith("msvae: ")]
+    assert line == lines[-1]
+    for text in texts:
+        assert text in line
+
+
+# Folders and files.
+
+
+@pytest.mark.parametrize("verb", ["fit", "score", "calibrate", "explain"])
+def test_an_empty_folder(verb, msvae, made, tmp_path):
+    """Is told by its name, with what to name instead; nothing is written."""
+    empty, out = tmp_path / "empty", tmp_path / "out"
+    empty.mkdir()
+    words = [empty, "--out", out] if verb == "fit" else [made / "run", empty]
+    words += ["--out", out] if verb == "explain" else []
+    refused(msvae(verb, *words), str(empty), "holds no images")
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("verb", ["fit", "score", "calibrate", "explain"])
+def test_a_path_that_is_not_there(verb, msvae, made, tmp_path):
+    """Is told by its name: a folder, a file or a pattern alike."""
+    out = ["--out", tmp_path / "out"] if verb in ("fit", "explain") else []
+    for gone, remedy in ((tmp_path / "gone", "check the path"), ("gone*.png", "check the pattern")):
+        words = [gone, *out] if verb == "fit" else [made / "run", gone, *out]
+        refused(msvae(verb, *words), str(gone), remedy)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("verb", ["score", "calibrate", "explain", "evaluate"])
+def test_a_run_that_is_not_there(verb, msvae, made, tmp_path):
+    """Is told by its name, with what a run is."""
+    words = {
+        "explain": [made / "new", "--out", tmp_path / "out"],
+        "evaluate": ["--normal", made / "new", "--anomalous", made / "new"],
+    }.get(verb, [made / "new"])
+    refused(msvae(verb, tmp_path / "gone", *words), str(tmp_path / "gone"), "not a run")
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_image_among_those_of_a_fit(name, made):
+    """Stands in the run's quarantine with file and reason; the good ones are all fitted."""
+    rows = read(made / "run" / "quarantine.csv")
+    (reason,) = [r["reason"] for r in rows if r["path"] == str(made / "good" / name)]
+    assert BAD[name][1] in reason
+    assert "\n" not in reason
+    assert len(rows) == len(BAD)
+    assert len(read(made / "run" / "split.csv")) == N
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_image_among_those_to_score(name, made, msvae, tmp_path):
+    """Stands in the quarantine beside the scores; the good ones have theirs, as if alone."""
+    BAD[name][0](tmp_path / name)
+    good = made / "new" / "00.png"
+    out = tmp_path / "F.csv"
+    code, lines = msvae("score", made / "run", tmp_path / name, good, "--out", out)
+    assert code == 0
+    assert "1 images could not be read" in lines[-1]
+    (row,) = read(tmp_path / "F.quarantine.csv")
+    assert row["path"] == str(tmp_path / name)
+    assert BAD[name][1] in row["reason"]
+    table = ScoreTable.read_csv(out)
+    assert table.paths == (str(good),)
+    alone = load(made / "run").score(good)
+    np.testing.assert_array_equal(table.scores["fused"], alone.scores["fused"])
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_image_alone(name, made, msvae, tmp_path):
+    """With nothing else to score the reason is the error; the library raises it."""
+    BAD[name][0](tmp_path / name)
+    answer = msvae("score", made / "run", tmp_path / name)
+    refused(answer, str(tmp_path / name), BAD[name][1])
+    detector = load(made / "run")
+    with pytest.raises(DataError, match=name):
+        detector.score(tmp_path / name)
+    with pytest.raises(ImageError, match=name):
+        detector.score([made / "new" / "00.png", tmp_path / name])
+
+
+def test_an_image_that_cannot_be_explained(made, msvae, tmp_path):
+    """Is listed with its reason; the others are explained all the same."""
+    bad = write(tmp_path / "in", smooth_images(1, 3))
+    for name, (make, _) in BAD.items():
+        make(bad / name)
+    out = tmp_path / "out"
+    code, _ = msvae("explain", made / "run", bad, "--out", out)
+    assert code == 0
+    rows = read(out / "quarantine.csv")
+    assert {Path(r["path"]).name for r in rows} == set(BAD)
+    assert {p.name for p in out.iterdir()} == {"00.png", "00.json", "quarantine.csv"}
+
+
+def test_too_few_images(made, msvae, tmp_path):
+    """19 cannot be split; 30 can, but cannot keep the rate: each with the number needed."""
+    few = write(tmp_path / "few", smooth_images(19, 5))
+    answer = msvae("fit", few, "--out", tmp_path / "out")
+    refused(answer, "19 distinct images are too few", "at least 20")
+    some = write(tmp_path / "some", smooth_images(30, 5))
+    answer = msvae("fit", some, "--out", tmp_path / "out", "--target-fpr", "0.05")
+    refused(answer, "0.05 needs at least 19 calibration images, got 5")
+    answer = msvae("calibrate", made / "run", few, "--target-fpr", "0.01")
+    refused(answer, "0.01 needs at least 99 calibration images, got 19")
+    assert not (tmp_path / "out").exists()
+
+
+ARRAYS = {
+    "shape": (np.zeros((32, 32, 2), np.uint8), r"shape \(32, 32, 2\)"),
+    "planes first": (np.zeros((3, 32, 32), np.uint8), r"shape \(3, 32, 32\)"),
+    "batch": (np.zeros((2, 32, 32, 3), np.uint8), r"shape \(2, 32, 32, 3\)"),
+    "nan": (np.full((32, 32, 3), np.nan), "not finite"),
+    "infinite": (np.full((32, 32), np.inf), "not finite"),
+    "range": (np.full((32, 32, 3), 255.0), r"lie in \[0, 1\]"),
+    "type": (np.zeros((32, 32, 3), np.int64), "type int64"),
+    "nothing": (np.zeros((0, 32, 3), np.uint8), "no pixels"),
+}
+
+
+@pytest.mark.parametrize("kind", ARRAYS)
+def test_an_array_that_is_no_image(kind, made):
+    """Is refused by its place in the list and the reason; the others are scored."""
+    array, reason = ARRAYS[kind]
+    detector = load(made / "run")
+    good = smooth_images(1, 4)[0]
+    scan = detector.scan([good, array])
+    assert scan.table.paths == ("image 0",)
+    (error,) = scan.quarantine
+    assert error.name == "image 1"
+    for call in (lambda: detector.score([good, array]), lambda: detector.explain(array)):
+        with pytest.raises(ImageError, match=reason):
+            call()
+    with pytest.raises(DataError, match=f"none of 20 images .* image 0: .*{reason}"):
+        fit([array] * 20, config=CONFIG)
+
+
+def test_a_group_expression_that_matches_nothing(made, msvae, tmp_path):
+    """Is told with the path that it does not match; so is one that is no expression."""
+    out = tmp_path / "out"
+    answer = msvae("fit", made / "new", "--out", out, "--group-by", r"part(\d+)")
+    refused(answer, "matches nothing in", "00.png", "widen the expression")
+    refused(msvae("fit", made / "new", "--out", out, "--group-by", "("), "regular expression")
+    assert not out.exists()
+
+
+def test_the_same_content_in_training_and_test(made, msvae, tmp_path):
+    """A renamed copy of any fitted image is found by its bytes: no flattered figures."""
+    normal = write(tmp_path / "normal", smooth_images(6, 6))
+    odd = write(tmp_path / "odd", smooth_images(6, 7))
+    before = entries(made / "run")
+    for row in (r for p in ("train", "stop", "conformal") for r in _part(made, p)[:1]):
+        for folder in (normal, odd):
+            shutil.copy(row["path"], folder / "copy.png")
+            answer = msvae(
+                "evaluate", made / "run", "--normal", normal, "--anomalous", odd, "--out", tmp_path
+            )
+            refused(answer, str(folder / "copy.png"), "fitted on", "take them out")
+            (folder / "copy.png").unlink()
+    assert not (tmp_path / "metrics.json").exists()
+    assert entries(made / "run") == before
+
+
+def _part(made, part):
+    return [r for r in read(made / "run" / "split.csv") if r["part"] == part]
+
+
+def test_calibrating_with_images_that_were_trained_on(made, run, msvae, tmp_path):
+    """Is refused, since they look too normal; the run keeps its calibration."""
+    copied = write(tmp_path / "more", smooth_images(20, 9))
+    row = _part(made, "train")[0]
+    shutil.copy(row["path"], copied / "copy.png")
+    before = entries(run)
+    refused(msvae("calibrate", run, copied), "copy.png", row["path"], "trained on")
+    assert entries(run) == before
+
+
+# Runs.
+
+
+CHECKED = [
+    *["model.safetensors", "calibration.safetensors", "references.safetensors"],
+    *["split.csv", "environment.json"],
+]
+
+
+@pytest.mark.parametrize("name", CHECKED)
+def test_a_run_with_a_changed_byte(name, run, made, msvae):
+    """One bit in the middle of any file: refused, naming it."""
+    data = bytearray((run / name).read_bytes())
+    data[len(data) // 2] ^= 1
+    (run / name).write_bytes(data)
+    answer = msvae("score", run, made / "new" / "00.png")
+    refused(answer, str(run / name), "differs from its checksum", "fit it again")
+    with pytest.raises(RunError, match=name):
+        load(run)
+
+
+@pytest.mark.parametrize("name", CHECKED)
+def test_a_run_with_a_missing_file(name, run, made, msvae):
+    """Refused, naming it; a lost config.json leaves no run at all."""
+    (run / name).unlink()
+    refused(msvae("score", run, made / "new" / "00.png"), str(run / name), "is missing")
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (None, "not a run"),
+        ("", "cannot be read as a run's settings"),
+        ('{"format": 1', "cannot be read as a run's settings"),
+        ("[]", "cannot be read as a run's settings"),
+        ('{"format": 1}', "cannot be read as a run's settings"),
+    ],
+)
+def test_a_run_with_torn_settings(text, reason, run, made, msvae):
+    """A config.json that is absent, cut off or something else is told in one line."""
+    (run / "config.json").unlink()
+    if text is not None:
+        (run / "config.json").write_text(text)
+    refused(msvae("score", run, made / "new" / "00.png"), str(run), reason)
+
+
+def test_a_run_of_a_newer_format(run, made, msvae):
+    """Refused with both versions, though its content may be of any form."""
+    (run / "config.json").write_text(json.dumps({"format": 2, "other": "things"}))
+    answer = msvae("score", run, made / "new" / "00.png")
+    refused(answer, "format 2", "reads 1", "update msvae")
+
+
+# The disk.
+
+
+@pytest.fixture
+def full_disk(monkeypatch):
+    """From the n-th write on the disk is full."""
+
+    def after(n):
+        left = iter(range(n))
+
+        def full(*_):
+            if next(left, None) is None:
+                raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(os, "fsync", full)
+
+    return after
+
+
+@pytest.mark.parametrize("verb", ["score", "maps", "evaluate", "explain", "report"])
+def test_a_full_disk_leaves_what_was_there(verb, run, made, msvae, tmp_path, full_disk):
+    """One line, and every file of before is as it was, with no half file beside it."""
+    image, out = made / "new" / "00.png", tmp_path / "out"
+    odd = write(tmp_path / "odd", smooth_images(3, 7))
+    words = {
+        "score": ["score", run, image, "--out", out / "F.csv"],
+        "maps": ["score", run, image, "--maps", out],
+        "evaluate": ["evaluate", run, "--normal", made / "new", "--anomalous", odd],
+        "explain": ["explain", run, image, "--out", out],
+        "report": ["report", run],
+    }[verb]
+    for file in (out / "F.csv", out / "00.png", run / "report.html", run / "evaluation" / "x"):
+        file.parent.mkdir(exist_ok=True)
+        file.write_text("what was there")
+    before = entries(run), entries(out)
+    full_disk(0)
+    refused(msvae(*words), "No space left on device", "free some space")
+    assert (entries(run), entries(out)) == before
+
+
+@pytest.mark.parametrize("writes", [0, 1])
+def test_a_full_disk_while_calibrating(writes, run, made, msvae, full_disk):
+    """The old thresholds hold, and the run loads, wherever it breaks off before the change."""
+    normals = load(made / "run").score([str(p) for p in sorted((made / "new").iterdir())])
+    full_disk(writes)
+    refused(msvae("calibrate", run, made / "new"), "No space left on device")
+    again = load(run).score(list(normals.paths))
+    np.testing.assert_array_equal(again.p, normals.p)
+    np.testing.assert_array_equal(again.flagged, normals.flagged)
+
+
+def test_a_full_disk_after_training_loses_no_epoch(made, tmp_path, full_disk, monkeypatch):
+    """The weights are in the checkpoint: with room again, --resume only has to write the run."""
+    full_disk(3)  # checkpoint, history, weights
+    out = tmp_path / "out"
+    with pytest.raises(OutputError, match="No space left"):
+        fit(made / "good", out, config=CONFIG)
+    assert not (out / "config.json").exists()
+    monkeypatch.undo()
+    monkeypatch.setattr(Trainer, "epoch", lambda *_: pytest.fail("trained again"))
+    fit(made / "good", out, config=CONFIG, resume=True)
+    for name in ("model.safetensors", "calibration.safetensors", "references.safetensors"):
+        assert (out / name).read_bytes() == (made / "run" / name).read_bytes()
+
+
+def test_a_full_disk_costs_the_cache_only(made, tmp_path, monkeypatch):
+    """No room to keep decoded images: a warning, and the fit is the same as with it."""
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setenv("MSVAE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(cache.os, "posix_fallocate", full, raising=False)
+    with pytest.warns(UserWarning, match="No space left"):
+        detector = fit(made / "good", config=CONFIG)
+    image = made / "new" / "00.png"
+    expected = load(made / "run").score(image).scores["reconstruction"]
+    np.testing.assert_array_equal(detector.score(image).scores["reconstruction"], expected)
+    assert not [p for p in (tmp_path / "cache").rglob("*") if p.is_file()]
+
+
+def test_a_place_that_cannot_be_written_to(made, msvae, tmp_path):
+    """A file where a folder should be is told in one line."""
+    (tmp_path / "file").touch()
+    answer = msvae(
+        "score", made / "run", made / "new" / "00.png", "--out", tmp_path / "file" / "F.csv"
+    )
+    refused(answer, "cannot be written", "choose another place")
+
+
+# Interrupted.
+
+
+def interrupt_at(monkeypatch, step):
+    """Ctrl-C before the given step of the training, counted over all epochs."""
+    whole, steps = Trainer.step, iter(range(step))
+
+    def impatient(self, *words):
+        if next(steps, None) is None:
+            raise KeyboardInterrupt
+        return whole(self, *words)
+
+    monkeypatch.setattr(Trainer, "step", impatient)
+
+
+def test_ctrl_c_in_mid_epoch(made, msvae, tmp_path, monkeypatch):
+    """Exit code 130 and how to go on; resumed, every weight is what it would have been."""
+    words = ["fit", made / "new", "--rule", "fixed", *flags(), "--epochs", 4]
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert msvae(*words, "--out", whole)[0] == 0
+    done = len(read(whole / "history.csv"))
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 60)
+        code, lines = msvae(*words, "--out", broken)
+    assert code == 130
+    assert "--resume goes on" in lines[-1]
+    assert 0 < len(read(broken / "history.csv")) < done
+    assert not (broken / "config.json").exists()
+    refused(msvae("score", broken, made / "new"), "not a run")
+    assert msvae(*words, "--out", broken, "--resume")[0] == 0
+    assert (broken / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    assert len(read(broken / "history.csv")) == done
+    ours, theirs = (ScoreTable.read_csv(_scored(msvae, made, p)) for p in (whole, broken))
+    for name, values in ours.scores.items():
+        np.testing.assert_array_equal(values, theirs.scores[name])
+
+
+def _scored(msvae, made, run):
+    out = run.with_suffix(".csv")
+    assert msvae("score", run, made / "new", "--out", out)[0] == 0
+    return out
+
+
+@pytest.mark.parametrize("change", ["settings", "images"])
+def test_resuming_something_else(change, made, msvae, tmp_path, monkeypatch):
+    """A checkpoint of other settings or images is refused, and kept."""
+    out = tmp_path / "out"
+    words = ["--rule", "fixed", *flags()]
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 30)
+        code, _ = msvae("fit", made / "new", "--out", out, *words, "--epochs", 3)
+    assert code == 130
+    before = entries(out)
+    other = write(tmp_path / "other", smooth_images(20, 10))
+    images, beta = (other, "1.0") if change == "images" else (made / "new", "2.0")
+    answer = msvae("fit", images, "--out", out, *words, "--epochs", 3, "--beta", beta, "--resume")
+    refused(answer, "other images or settings", "resume with the same")
+    assert entries(out) == before
+    refused(msvae("fit", made / "new", "--out", tmp_path / "none", "--resume"), "no checkpoint")
+
+
+def test_a_finished_run_is_not_written_over(made, run, msvae):
+    """Unasked, nothing of a run changes."""
+    before = entries(run)
+    refused(msvae("fit", made / "new", "--out", run, *flags()), "finished run", "--overwrite")
+    assert entries(run) == before
+
+
+# Masks and explanations.
+
+
+@pytest.fixture
+def labelled(tmp_path):
+    """Normal and anomalous images, and masks of the latter."""
+    rng = np.random.default_rng(0)
+    write(tmp_path / "normal", smooth_images(4, 6))
+    odd = rng.integers(0, 256, (3, 32, 32, 3), dtype=np.uint8)
+    write(tmp_path / "odd", list(odd))
+    mask = np.zeros((32, 32), dtype=np.uint8)
+    mask[8:20, 8:20] = 255
+    write(tmp_path / "masks", [mask] * 3)
+    return tmp_path
+
+
+def evaluate_words(run, labelled):
+    return [
+        *["evaluate", run, "--normal", labelled / "normal", "--anomalous", labelled / "odd"],
+        *["--masks", labelled / "masks", "--out", labelled / "out"],
+    ]
+
+
+def test_a_mask_without_an_image(made, msvae, labelled):
+    """Is told by its name, before any work."""
+    shutil.copy(labelled / "masks" / "00.png", labelled / "masks" / "99.png")
+    answer = msvae(*evaluate_words(made / "run", labelled))
+    refused(answer, str(labelled / "masks" / "99.png"), "a mask without an image")
+    assert not (labelled / "out").exists()
+
+
+def test_a_mask_that_cannot_be_read(made, msvae, labelled):
+    """Is told by its name and the reason."""
+    (labelled / "masks" / "01.png").write_text("no picture")
+    answer = msvae(*evaluate_words(made / "run", labelled))
+    refused(answer, str(labelled / "masks" / "01.png"), "not an image")
+
+
+def test_a_folder_without_masks(made, msvae, labelled):
+    """Naming a folder of masks that holds none is a mistake, not an evaluation without."""
+    shutil.rmtree(labelled / "masks")
+    refused(msvae(*evaluate_words(made / "run", labelled)), "holds no masks")
+
+
+def pictures():
+    """The same picture at another size and in other modes."""
+    picture = Image.fromarray(smooth_images(1, 11, 90)[0]).resize((90, 70))
+    alpha = picture.convert("RGBA")
+    alpha.putalpha(200)
+    modes = {m: picture.convert(m) for m in ("L", "P", "CMYK", "LA", "1")}
+    return {"RGB": picture, "RGBA": alpha, **modes, "tiny": picture.resize((8, 9))}
+
+
+@pytest.mark.parametrize("mode", pictures())
+def test_explaining_an_image_of_another_size_or_mode(mode, made):
+    """Whatever Pillow opens is explained, with maps at the image's own size."""
+    image = pictures()[mode]
+    e = load(made / "run").explain(image)
+    for values in e.maps.values():
+        assert values.shape == (image.height, image.width)
+        assert np.isfinite(values).all()
+    json.dumps(e.to_json(), allow_nan=False)
+
+
+def test_explaining_by_a_run_without_references(run, made, msvae, tmp_path):
+    """The rest is explained, and a note says what is missing; the report is made, too."""
+    facts = json.loads((run / "config.json").read_text())
+    del facts["checksums"]["references.safetensors"]
+    (run / "config.json").write_text(json.dumps(facts))
+    (run / "references.safetensors").unlink()
+    out = tmp_path / "out"
+    assert msvae("explain", run, made / "new" / "00.png", "--out", out)[0] == 0
+    told = json.loads((out / "00.json").read_text())
+    assert told["nearest"] == []
+    assert any("holds no references" in note for note in told["notes"])
+    assert told["contributions"]
+    assert msvae("report", run)[0] == 0

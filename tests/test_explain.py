@@ -1,0 +1,480 @@
+"""Why an image was flagged: each number of an explanation against a second way to compute it."""
+
+import copy
+import json
+import re
+from dataclasses import replace
+from itertools import permutations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scipy import ndimage, stats
+from scipy.interpolate import interp1d
+from torch.nn import functional as F
+
+from msvae import explain as module
+from msvae import fit
+from msvae.calibration import Calibration
+from msvae.config import Config
+from msvae.errors import ImageError
+from msvae.explain import CAM_SCORES, GROUPS, explain_many, gradcams, regions, shapley
+from msvae.explanation import figure
+from msvae.scorer import EXPERTS
+from msvae.train import to_batch
+
+SIDE = 32
+CONFIG = Config().replace(
+    image_size=SIDE,
+    hidden_dims=(8, 12, 16),
+    latent_dim=6,
+    epochs=1,
+    min_steps=0,
+    inspector_steps=2,
+    batch_size=8,
+    target_fpr=0.2,
+    precision="fp32",
+)
+
+
+def smooth_images(n, seed, rows=SIDE, columns=SIDE):
+    gen = torch.Generator().manual_seed(seed)
+    coarse = 0.3 + 0.4 * torch.rand(n, 3, 4, 4, generator=gen)
+    coarse += torch.tensor([0.2, 0.0, -0.2])[:, None, None]
+    fine = F.interpolate(coarse, size=(rows, columns), mode="bicubic").clamp(0, 1)
+    return list((fine * 255).round().byte().permute(0, 2, 3, 1).contiguous().numpy())
+
+
+def spotted(rows, columns, seed=2):
+    """A normal picture with a noisy spot in its middle and a small one beside it."""
+    rng = np.random.default_rng(seed)
+    image = smooth_images(1, seed, rows, columns)[0].copy()
+    middle, unit = rows // 2, min(rows, columns) // 8
+    for left, size in ((columns // 2 - unit, 2 * unit), (columns // 2 + 2 * unit, unit)):
+        part = image[middle - unit : middle - unit + size, left : left + size]
+        part[:] = rng.integers(0, 256, part.shape)
+    return image
+
+
+@pytest.fixture(scope="module")
+def detector():
+    """A detector with every expert, the companion's too; 9 images calibrate it."""
+    return fit(smooth_images(60, 0), config=CONFIG)
+
+
+@pytest.fixture(scope="module")
+def images():
+    rng = np.random.default_rng(0)
+    noise = list(rng.integers(0, 256, (3, SIDE, SIDE, 3), dtype=np.uint8))
+    return [*smooth_images(6, 1), *noise, spotted(SIDE, SIDE)]
+
+
+@pytest.fixture(scope="module")
+def evidence(detector, images):
+    with torch.no_grad():
+        return detector.model.evidence(to_batch(np.stack(images), detector.device))
+
+
+@pytest.fixture(scope="module")
+def explained(detector, images):
+    done, refused = explain_many(detector, images)
+    assert not refused
+    return done
+
+
+# Shares.
+
+
+def test_the_shares_add_up_to_the_fused_score(detector, images, explained):
+    """Whatever the image, its shares sum to the score that `score` gives it."""
+    fused = detector.score(images).scores["fused"]
+    for e, score in zip(explained, fused, strict=True):
+        assert set(e.contributions) == {*GROUPS, *EXPERTS, "ordinary image"} - {"typicality"}
+        assert sum(e.contributions.values()) == pytest.approx(score, rel=1e-6, abs=1e-6)
+        assert e.scores["fused"] == pytest.approx(score, rel=1e-6)
+
+
+def surprisal_by_scipy(fusion, row, values):
+    """weight · max(0, -log P(Z >= quantile) - floor) of the row-th expert, in float64."""
+    at = fusion.quantiles.kept.tolist().index(row)
+    knots, levels = (t[at].numpy() for t in (fusion.quantiles.knots, fusion.quantiles.levels))
+    z = interp1d(knots, levels, fill_value="extrapolate")(values)
+    excess = -stats.norm.logsf(z) - fusion.floors[row].item()
+    return fusion.weights[row].item() * excess.clip(0)
+
+
+def test_shapley_is_the_average_over_all_orders(detector, evidence):
+    """Each group's share is its marginal contribution, averaged over the 24 orders of joining."""
+    scorer = detector.scorer
+    found = shapley(scorer, evidence)
+    statistics = scorer.statistics(evidence, scorer.mahalanobis(evidence))
+    z = scorer.typicality.quantiles(statistics)
+    kept = scorer.typicality.quantiles.kept.numpy()
+    groups = {"residual bands": (0, 8), "image bands": (8, 16)}
+    groups |= {"latent": (16, 20), "latent distance": (20, 21)}
+
+    def worth(coalition):
+        seen = torch.zeros_like(z)
+        for name in coalition:
+            low, high = groups[name]
+            columns = np.flatnonzero((kept >= low) & (kept < high))
+            seen[:, columns] = z[:, columns]
+        return surprisal_by_scipy(scorer.fusion, 0, scorer.typicality.density(seen).numpy())
+
+    expected = {name: np.zeros(len(z)) for name in groups}
+    orders = list(permutations(groups))
+    for order in orders:
+        for i, name in enumerate(order):
+            gain = worth(order[: i + 1]) - worth(order[:i])
+            expected[name] += gain / len(orders)
+    assert max(np.abs(v).max() for v in expected.values()) > 0.1
+    for name, value in expected.items():
+        np.testing.assert_allclose(found[name].numpy(), value, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(found["ordinary image"].numpy(), worth(()), atol=1e-9)
+
+
+def test_the_share_of_an_expert_is_its_surprisal(detector, images, explained):
+    """The other scores bring their weighted surprisal above their floor, and nothing else."""
+    scores = detector.score(images).scores
+    fusion = detector.scorer.fusion
+    for row, name in enumerate(EXPERTS):
+        if name == "typicality" or row not in fusion.quantiles.kept:
+            continue
+        expected = surprisal_by_scipy(fusion, row, scores[name])
+        found = np.array([e.contributions[name] for e in explained])
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_scores_and_decisions_are_those_of_scoring(detector, images, explained):
+    """An explanation explains the decision that `score` makes, p-values included."""
+    table = detector.score(images)
+    assert table.flagged.any()
+    for row, e in enumerate(explained):
+        assert e.flagged == table.flagged[row]
+        for name, p in e.p_values.items():
+            assert p == table.p_values[name][row]
+
+
+# Grad-CAM.
+
+
+@pytest.fixture(scope="module")
+def cams(detector, images, evidence):
+    return gradcams(detector, to_batch(np.stack(images), detector.device), evidence)
+
+
+@pytest.mark.parametrize("name", CAM_SCORES)
+def test_gradcam_by_hand(detector, images, name):
+    """Sum over channels of map times mean gradient, by a backward pass of our own."""
+    model, scorer = copy.deepcopy(detector.model), detector.scorer
+    model.inspector = None
+    x = to_batch(np.stack(images), detector.device)
+    with torch.no_grad():
+        evidence = model.evidence(x)
+    cam = gradcams(replace(detector, model=model), x, evidence)[name]
+    features = [f.detach() for f in evidence.features]
+    top = features[-1].requires_grad_()
+    mu, logvar = model.posterior(top)
+    changed = {"recon": model.decode(mu), "mu": mu, "logvar": logvar, "features": tuple(features)}
+    e = evidence._replace(**changed)
+    score = {
+        "reconstruction": (e.x - e.recon).square().mean(dim=(1, 2, 3)),
+        "mahalanobis": ((mu - scorer.mahalanobis.mean) @ scorer.mahalanobis.whiten).norm(dim=1)
+        ** 2,
+        "kl": 0.5 * (mu**2 + logvar.exp() - 1 - logvar).sum(dim=1),
+        "fused": scorer(e)["fused"],
+    }[name]
+    (gradient,) = torch.autograd.grad(score.sum(), top)
+    weights = gradient.mean(dim=(2, 3), keepdim=True)
+    coarse = (weights * top).sum(dim=1, keepdim=True).detach()
+    expected = F.interpolate(coarse, size=(SIDE, SIDE), mode="bilinear")[:, 0]
+    assert top.shape[-1] == SIDE // 4
+    for found, right in zip(cam, expected, strict=True):
+        scale = right.abs().max()
+        torch.testing.assert_close(found / scale, right / scale, atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("name", CAM_SCORES)
+def test_gradcams_are_signed_maps(cams, images, name):
+    """Of every score, at the model's size, finite, above and below 0."""
+    cam = cams[name]
+    assert cam.shape == (len(images), SIDE, SIDE)
+    assert cam.isfinite().all()
+    assert cam.min() < 0 < cam.max()
+    assert cam.std(dim=(1, 2)).gt(0).all()
+
+
+@pytest.mark.parametrize("name", CAM_SCORES)
+def test_gradcam_needs_the_learned_weights(detector, images, cams, name):
+    """With random weights the maps are others: they show what was learned, not edges."""
+    torch.manual_seed(1)
+    model = copy.deepcopy(detector.model)
+    for part in model.modules():
+        if isinstance(part, torch.nn.Conv2d | torch.nn.ConvTranspose2d | torch.nn.Linear):
+            part.reset_parameters()
+    x = to_batch(np.stack(images), detector.device)
+    with torch.no_grad():
+        e = model.evidence(x)
+    others = gradcams(replace(detector, model=model), x, e)[name]
+    agreement = [
+        stats.spearmanr(a.flatten().numpy(), b.flatten().numpy()).statistic
+        for a, b in zip(cams[name], others, strict=True)
+    ]
+    assert np.nanmedian(agreement) < 0.8
+
+
+def test_gradcam_can_be_left_out(detector, images):
+    """Without it the rest is the same; nothing needs gradients then."""
+    e = detector.explain(images[0], gradcam=False)
+    assert not [k for k in e.model_maps if k.startswith("gradcam")]
+    assert {"reconstruction", "difference", "residual", "spatial", "fused"} <= set(e.model_maps)
+
+
+def test_explaining_leaves_the_model_as_it_was(detector, images):
+    """No gradients are left behind, and the scores stay what they were."""
+    before = detector.score(images).scores["fused"]
+    detector.explain(images[-1])
+    np.testing.assert_array_equal(detector.score(images).scores["fused"], before)
+    assert not detector.model.training
+
+
+# Maps at the image's own size.
+
+
+def test_the_difference_is_signed(explained, images):
+    """Brighter than rebuilt is above 0: image minus reconstruction, mean over the colours."""
+    for e, image in zip(explained, images, strict=True):
+        expected = (image / 255 - e.reconstruction / 255).mean(axis=2)
+        np.testing.assert_allclose(e.model_maps["difference"], expected, atol=0.003)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(48, 80), (80, 48), (9, 200), (SIDE, SIDE)])
+def test_stretched_maps_cover_the_image(detector, rows, columns):
+    """Every map has the image's own size and a value at every pixel."""
+    e = detector.explain(smooth_images(1, 3, rows, columns)[0])
+    for values in e.maps.values():
+        assert values.shape == (rows, columns)
+        assert np.isfinite(values).all()
+    assert e.to_json()["size"] == [columns, rows]
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(48, 80), (81, 48), (48, 48)])
+def test_a_square_model_says_where_it_did_not_look(detector, rows, columns):
+    """Numbers in the centre square, NaN beside it; the square is what a crop of it would give."""
+    square = replace(detector, config=detector.config.replace(resize="square"))
+    image = smooth_images(1, 3, rows, columns)[0]
+    side, top, left = min(rows, columns), (rows - 48) // 2, (columns - 48) // 2
+    crop = image[top : top + side, left : left + side]
+    whole, alone = square.explain(image).maps, detector.explain(crop).maps
+    for name, values in whole.items():
+        assert values.shape == (rows, columns)
+        inside = np.zeros((rows, columns), dtype=bool)
+        inside[top : top + side, left : left + side] = True
+        np.testing.assert_array_equal(np.isfinite(values), inside)
+        found = values[inside].reshape(side, side)
+        np.testing.assert_allclose(found, alone[name], rtol=1e-3, atol=1e-4)
+
+
+def test_pixel_p_is_the_share_of_normal_maxima(detector):
+    """(1 + number of normal maxima at or above the pixel) / (n + 1), counted pixel by pixel."""
+    square = replace(detector, config=detector.config.replace(resize="square"))
+    e = square.explain(spotted(40, 56))
+    peaks, fused = detector.calibration.peaks["fused"], e.maps["fused"]
+    for row in range(0, 40, 3):
+        for column in range(56):
+            value = fused[row, column]
+            above = sum(p >= value for p in peaks) if np.isfinite(value) else len(peaks)
+            expected = (1 + above) / (len(peaks) + 1)
+            assert e.pixel_p[row, column] == pytest.approx(expected, rel=1e-6)
+    assert e.pixel_p.min() == pytest.approx(1 / 10)
+
+
+# Regions.
+
+
+def regions_by_scipy(values, level, peaks):
+    """Box, area, peak and p of the 8-connected components at or above the level."""
+    labels, _ = ndimage.label(values >= level, structure=np.ones((3, 3)))
+    found = set()
+    for index, (down, across) in enumerate(ndimage.find_objects(labels), start=1):
+        peak = values[labels == index].max()
+        p = (1 + sum(v >= peak for v in peaks)) / (len(peaks) + 1)
+        box = (across.start, down.start, across.stop, down.stop)
+        found.add((box, int((labels == index).sum()), round(peak, 4), round(p, 9)))
+    return found
+
+
+@pytest.mark.parametrize("resize", ["stretch", "square"])
+@pytest.mark.parametrize(("rows", "columns"), [(SIDE, SIDE), (48, 80), (90, 64)])
+def test_regions_are_the_connected_parts_above_the_level(resize, rows, columns):
+    """Boxes, areas, peaks and p-values are those of scipy's components, at the image's own size."""
+    rng = np.random.default_rng(0)
+    fused = ndimage.gaussian_filter(rng.normal(size=(SIDE, SIDE)), 1.2).astype(np.float32)
+    peaks = np.sort(rng.uniform(0.2, fused.max() + 0.1, 40))
+    image = np.zeros((rows, columns, 3), dtype=np.uint8)
+    across, down = (columns, rows) if resize == "stretch" else (min(rows, columns),) * 2
+    values = np.full((rows, columns), -np.inf)
+    top, left = (rows - down) // 2, (columns - across) // 2
+    drawn = Image.fromarray(fused).resize((across, down), Image.Resampling.BILINEAR)
+    values[top : top + down, left : left + across] = np.asarray(drawn)
+    found = regions(fused, 0.25, peaks, image, resize)
+    told = {(r.box, r.area, round(r.peak, 4), round(r.p, 9)) for r in found}
+    assert len(found) > 5
+    assert told == regions_by_scipy(values, 0.25, peaks)
+    assert [r.peak for r in found] == sorted((r.peak for r in found), reverse=True)
+
+
+def test_the_regions_of_an_explanation_are_those_of_its_map(detector):
+    """Above the calibrated level, on the fused map at the image's own size."""
+    e = detector.explain(spotted(96, 120), gradcam=False)
+    told = {(r.box, r.area, round(r.peak, 4), round(r.p, 9)) for r in e.regions}
+    assert told == regions_by_scipy(e.maps["fused"].astype(np.float64), e.level, e.peaks)
+    assert told
+
+
+def test_an_ordinary_image_has_no_region(detector, explained):
+    """Where no pixel reaches the level nothing is outlined, and the panel says so."""
+    calm = [e for e in explained if not e.regions]
+    assert calm
+    for e in calm:
+        assert e.model_maps["fused"].max() < e.level
+        assert e.to_json()["regions"] == []
+
+
+def test_few_calibration_images_cannot_keep_one_percent(detector, explained):
+    """With 9 the level is that of 1 in 10, above all their maxima, and a note says so."""
+    peaks = detector.calibration.peaks["fused"]
+    for e in explained:
+        assert e.level_rate == pytest.approx(1 / 10)
+        assert e.level > peaks.max()
+        assert e.level == pytest.approx(peaks.max())
+        assert any("9 calibration images" in n and "10.0 %" in n for n in e.notes)
+        assert e.to_json()["map_level"]["family_wise_rate"] == e.level_rate
+
+
+@pytest.mark.parametrize(("n", "rate"), [(98, 1 / 99), (99, 0.01), (250, 0.01)])
+def test_the_level_is_one_percent_from_99_images_on(detector, images, n, rate):
+    """98 cannot keep it, 99 can; at most that share of the normal maxima reaches the level."""
+    peaks = np.random.default_rng(0).normal(size=n)
+    many = Calibration(detector.calibration.scores, {"fused": peaks})
+    e = replace(detector, calibration=many).explain(images[0], gradcam=False)
+    assert e.level_rate == pytest.approx(rate)
+    assert (1 + (peaks >= e.level).sum()) / (n + 1) <= rate + 1e-12
+    lower = np.sort(peaks)[-int(rate * (n + 1) + 1e-9)]
+    assert (1 + (peaks >= lower).sum()) / (n + 1) > rate
+    assert bool(e.notes) == (n < 99)
+
+
+# The nearest normal images.
+
+
+def test_the_nearest_are_those_of_the_whitened_latents(detector, evidence, explained):
+    """Names, order and distances by numpy, over all references."""
+    r, whiten = detector.references, detector.scorer.mahalanobis.whiten.double().numpy()
+    precision = whiten @ whiten.T
+    for e, mu in zip(explained, evidence.mu.double().numpy(), strict=True):
+        gaps = r.latents.double().numpy() - mu
+        distances = np.sqrt(np.einsum("ij,jk,ik->i", gaps, precision, gaps))
+        order = np.argsort(distances)[:4]
+        assert [n.name for n in e.nearest] == [r.names[i] for i in order]
+        np.testing.assert_allclose([n.distance for n in e.nearest], distances[order], rtol=1e-3)
+        for n, i in zip(e.nearest, order, strict=True):
+            np.testing.assert_array_equal(n.thumbnail, r.thumbnails[i].numpy())
+
+
+def test_a_training_image_finds_itself(detector):
+    """The nearest normal image of a training image is that image, at no distance."""
+    name = detector.references.names[5]
+    image = smooth_images(60, 0)[int(name.removeprefix("image "))]
+    first = detector.explain(image, gradcam=False).nearest[0]
+    assert first.name == name
+    assert first.distance < 0.02
+
+
+def test_without_references_the_rest_is_explained(detector, images):
+    """No neighbours to show, a note that says so, everything else as before."""
+    with_, without = (
+        d.explain(images[-1], gradcam=False) for d in (detector, replace(detector, references=None))
+    )
+    assert without.nearest == ()
+    assert any("no references" in note for note in without.notes)
+    assert without.scores == with_.scores
+    assert without.regions == with_.regions
+
+
+# Many images.
+
+
+def test_what_cannot_be_read_is_listed_and_the_rest_explained(detector, images, tmp_path):
+    """In order; in memory and from disk alike; a single one raises."""
+    (tmp_path / "text.png").write_text("no picture")
+    Image.fromarray(images[0]).save(tmp_path / "good.png")
+    sources = [tmp_path / "text.png", tmp_path / "good.png", np.full((9, 9), np.nan)]
+    done, refused = explain_many(detector, sources, gradcam=False)
+    assert [e.name for e in done] == [str(tmp_path / "good.png")]
+    assert [r.name for r in refused] == [str(tmp_path / "text.png"), "image 2"]
+    with pytest.raises(ImageError, match=r"text\.png: is not an image"):
+        detector.explain(tmp_path / "text.png")
+
+
+def test_batches_do_not_matter(detector, images, explained, monkeypatch):
+    """Two at a time or all at once: the same shares and maps, Grad-CAM among them."""
+    monkeypatch.setattr(module, "BATCH", 2)
+    again, _ = explain_many(detector, images)
+    for a, b in zip(explained, again, strict=True):
+        assert a.name == b.name
+        for name, share in a.contributions.items():
+            assert share == pytest.approx(b.contributions[name], rel=1e-3, abs=2e-3)
+        for name, values in a.model_maps.items():
+            scale = np.abs(values).max() + 1e-12
+            np.testing.assert_allclose(values / scale, b.model_maps[name] / scale, atol=2e-3)
+
+
+# What is handed out.
+
+
+def numbers_in(value):
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        return [n for v in value for n in numbers_in(v)]
+    return [value] if isinstance(value, int | float) else []
+
+
+def test_the_json_holds_all_numbers(explained):
+    """Strict JSON that comes back equal, every number finite."""
+    for e in explained:
+        told = e.to_json()
+        assert json.loads(json.dumps(told, allow_nan=False)) == told
+        assert np.isfinite(numbers_in(told)).all()
+        assert told["p"] == e.p_values["fused"]
+        assert told["contributions"] == e.contributions
+        for name, values in e.model_maps.items():
+            assert told["maps"][name]["max"] == values.max()
+        assert [n["image"] for n in told["nearest"]] == [n.name for n in e.nearest]
+
+
+def test_a_notebook_shows_it_without_a_network(detector, images, tmp_path):
+    """One piece of HTML: pictures inside, each with a text; odd file names do no harm."""
+    path = tmp_path / "<b>&.png"
+    Image.fromarray(images[-1]).save(path)
+    shown = detector.explain(path)._repr_html_()
+    assert "http" not in shown
+    assert "<script" not in shown
+    assert "<b>&.png" not in shown
+    assert "&lt;b&gt;&amp;.png" in shown
+    sources = re.findall(r'src="([^"]*)"', shown)
+    assert len(sources) == shown.count("<img") >= 7
+    assert all(s.startswith("data:image/") for s in sources)
+    assert all(re.findall(r'alt="([^"]*)"', shown))
+    assert "Fused score" in shown
+
+
+def test_the_panel_has_every_view(explained):
+    """Input, reconstruction, maps and regions, and the verdict in the title."""
+    e = explained[-1]
+    panel = figure(e)
+    titles = [axes.get_title(loc="left") for axes in panel.axes]
+    assert {"Input", "Reconstruction", "Regions", "Grad-CAM of the fused score"} <= set(titles)
+    assert ("flagged" if e.flagged else "passed") in panel.get_suptitle()
