@@ -49,8 +49,9 @@ def settings() -> str:
 def scores() -> str:
     """A line for every score."""
     rows = [f"| `{name}` | {text} |" for name, text in ABOUT.items()]
-    return "## Scores\n\nHigher is more anomalous, always.\n\n| score | what it is |\n|---|---|\n" + (
-        "\n".join(rows) + "\n"
+    return (
+        "## Scores\n\nHigher is more anomalous, always.\n\n| score | what it is |\n|---|---|\n"
+        + ("\n".join(rows) + "\n")
     )
 
 

@@ -24,6 +24,7 @@ from msvae.errors import (
     RunError,
     TrainingError,
 )
+from msvae.scorer import PLACES
 from msvae.table import ScoreTable
 
 CONFIG = Config().replace(
@@ -303,7 +304,7 @@ def test_many_images_come_in_order(loaded):
 def test_maps_come_when_asked_for(loaded):
     """(N, S, S) each, the peaks being the scores; otherwise none."""
     scan = loaded.scan(NEW[:5], with_maps=True)
-    assert set(scan.maps) == {"reconstruction", "residual", "spatial", "fused"}
+    assert set(scan.maps) == {"reconstruction", *PLACES, "fused"}
     for found in scan.maps.values():
         assert found.shape == (5, 32, 32)
         assert np.isfinite(found).all()

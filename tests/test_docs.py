@@ -31,7 +31,9 @@ def test_the_reference_is_up_to_date():
 def test_commands_in_the_documents_parse(page):
     """Every `msvae …` line of a document is one that the command line understands."""
     text = page.read_text(encoding="utf-8")
-    lines = [m.strip() for m in re.findall(r"^ {4}(msvae .*)$|`(msvae [^`]*)`", text, re.M) for m in m]
+    lines = [
+        m.strip() for m in re.findall(r"^ {4}(msvae .*)$|`(msvae [^`]*)`", text, re.M) for m in m
+    ]
     for line in filter(None, lines):
         words = [w.strip("'\"") for w in line.split("#")[0].split()[1:]]
         known = [w for w in words if w not in ("…", "...") and not w.startswith("[")]

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 from scipy.special import logsumexp
-from scipy.stats import multivariate_normal, norm
+from scipy.stats import gamma, multivariate_normal, norm
 from sklearn.metrics import roc_auc_score
 from sklearn.mixture import GaussianMixture
 
-from msvae.fusion import KNOTS, Fusion, Mixture, QuantileMap, TwoSided, surprisal
+from msvae.fusion import KNOTS, Fusion, Mixture, QuantileMap, TwoSided, surprisal, tail_of_sum
 
 
 def normals(seed, n, k, **more):
@@ -226,37 +226,82 @@ def test_surprisal_is_that_of_scipy():
 
 
 WEIGHTS = torch.tensor([1.0, 0.5, 1.0, 0.0], dtype=torch.float64)
-FLOORS = torch.tensor([0.0, 0.0, 3.0, 0.0], dtype=torch.float64)
 
 
-def test_the_parts_add_up_to_the_whole():
-    """The fused score is the sum of its parts; each is weight times surprisal above its floor."""
+def nats(x):
+    """-log P(Z >= z) of the i-th of 100 is -log(1 - (i + 1/2) / 100)."""
+    return -np.log(1 - (x.numpy() + 0.5) / 100)
+
+
+def test_the_surprisals_are_those_of_the_ranks():
+    """Each score brings its weight times minus the log of the share of normals that reach it."""
     x = ranks(0, 100, 4)
-    fusion = Fusion.fit(x, WEIGHTS, FLOORS)
-    parts = fusion.parts(x)
-    np.testing.assert_allclose(fusion(x), parts.numpy().sum(axis=1), rtol=1e-12)
-    nats = -np.log(1 - (x.numpy() + 0.5) / 100)  # P(Z >= z) of the i-th of 100 is 1 - (i + 1/2)/100
-    expected = WEIGHTS.numpy() * np.maximum(nats - FLOORS.numpy(), 0)
-    np.testing.assert_allclose(parts, expected, atol=1e-2)
-    assert (parts >= 0).all()
+    told = Fusion.fit(x, WEIGHTS, 2).surprisals(x)
+    np.testing.assert_allclose(told, WEIGHTS.numpy() * nats(x), atol=1e-2)
+
+
+def test_the_fused_score_by_hand():
+    """Places: a gamma tail (scipy's) above the 2 % level; the whole picture: a Euclidean norm."""
+    x = ranks(0, 100, 4)
+    fusion = Fusion.fit(x, WEIGHTS, 2)
+    told = fusion.surprisals(x).numpy()
+    places = np.logaddexp(0, -gamma(1.5).logsf(told[:, :2].sum(axis=1)) - np.log(50))
+    picture = np.sqrt((told[:, 2:] ** 2).sum(axis=1))
+    np.testing.assert_allclose(fusion(x), places + picture, rtol=1e-9)
+
+
+@pytest.mark.parametrize("count", [0.3, 1.0, 2.5, 4.0, 7.0])
+def test_the_tail_of_a_sum_is_scipys_near_and_far(count):
+    """Also where the law itself underflows the surprise goes on growing, as scipy says."""
+    total = torch.cat([torch.linspace(0, 50, 101), torch.linspace(60, 600, 28)]).double()
+    wanted = -gamma(count).logsf(total.clamp_min(1e-9).numpy())
+    np.testing.assert_allclose(tail_of_sum(total, count), wanted, rtol=2e-3, atol=1e-9)
+    assert (tail_of_sum(torch.linspace(1, 5000, 4000).double(), count).diff() > 0).all()
+
+
+def test_a_side_without_scores_says_nothing():
+    """All of its scores constant or without weight: it brings the same to every image."""
+    x = ranks(0, 100, 4)
+    x[:, :2] = 3.0
+    fusion = Fusion.fit(x, WEIGHTS, 2)
+    assert len(fusion.sides(fusion.surprisals(x))[:, 0].unique()) == 1
 
 
 def test_a_constant_score_has_no_part():
-    """It takes no place from the others: their weights and floors stay theirs."""
+    """It takes no place from the others: their weights stay theirs."""
     x = normals(0, 80, 4)
     x[:, 1] = 5.0
-    parts = Fusion.fit(x, WEIGHTS, FLOORS).parts(x + torch.tensor([0.0, 9, 0, 0]))
-    assert not parts[:, 1].any()
+    told = Fusion.fit(x, WEIGHTS, 2).surprisals(x + torch.tensor([0.0, 9, 0, 0]))
+    assert not told[:, 1].any()
     others = [0, 2, 3]
-    alone = Fusion.fit(x[:, others], WEIGHTS[others], FLOORS[others]).parts(x[:, others])
-    assert parts[:, others].equal(alone)
+    alone = Fusion.fit(x[:, others], WEIGHTS[others], 1).surprisals(x[:, others])
+    assert told[:, others].equal(alone)
+
+
+def test_images_that_were_not_trained_on_are_ordinary_after_the_correction():
+    """Over-fitted scores: new normals lie two deviations higher and closer; corrected they do not."""
+    fusion = Fusion.fit(normals(0, 500, 4), WEIGHTS, 2)
+    new = 2 + 0.5 * normals(1, 2000, 4)
+    before = fusion.surprisals(new).median(dim=0).values / WEIGHTS
+    after = fusion.corrected(2 + 0.5 * normals(2, 200, 4)).surprisals(new)
+    after = after.median(dim=0).values / WEIGHTS
+    assert (before[:3] > 3).all()
+    np.testing.assert_allclose(after[:3], np.log(2), atol=0.2)
+
+
+def test_few_held_out_images_correct_little():
+    """One image moves nothing by more than a sixth of its own distance."""
+    corrected = Fusion.fit(normals(0, 500, 4), WEIGHTS, 2).corrected(
+        torch.full((1, 4), 3.0).double()
+    )
+    assert (corrected.gap.abs() < 3.2 / 6 + 0.1).all()
 
 
 def test_a_higher_score_is_never_less_surprising():
     """Every score goes one way: more of it is more, also far beyond all that was seen."""
-    fusion = Fusion.fit(normals(0, 100, 4), WEIGHTS, FLOORS)
+    fusion = Fusion.fit(normals(0, 100, 4), WEIGHTS, 2)
     line = torch.linspace(-5, 50, 300, dtype=torch.float64)[:, None].expand(300, 4)
-    assert (fusion.parts(line).diff(dim=0) >= 0).all()
+    assert (fusion.surprisals(line).diff(dim=0) >= 0).all()
     assert (fusion(line)[100:].diff() > 0).all()
 
 

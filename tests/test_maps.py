@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from msvae import maps
 from msvae.evidence import Evidence
 from msvae.maps import SHRINKAGES, Moments, ResidualMap, SpatialMap
-from msvae.scorer import spatial_at_size
+from msvae.scorer import at_size
 
 
 def rand(*shape, seed=0):
@@ -33,7 +33,7 @@ def evidence(n=6, side=16, channels=(5, 4, 3), seed=0):
     )
     x, recon = rand(n, 3, side, side, seed=seed), rand(n, 3, side, side, seed=seed + 1)
     blank = torch.zeros(n, 0)
-    return Evidence(x, recon, blank, blank, features, blank, blank)
+    return Evidence(x, recon, blank, blank, features, blank, blank[:, :, None], blank)
 
 
 def close(ours, theirs, rtol=1e-4, atol=1e-5):
@@ -281,7 +281,7 @@ def test_spatial_left_out_is_near_a_refit():
     """What the fitted images are told is near what a fit without each tells of it."""
     n, vectors = 50, randn(50, 4, 3) * torch.tensor([0.5, 1.0, 2.0])
     whole = fitted(vectors)
-    stand_in = Evidence(torch.zeros(n, 3, 8, 8), *[torch.zeros(0)] * 3, (), *[torch.zeros(0)] * 2)
+    stand_in = Evidence(torch.zeros(n, 3, 8, 8), *[torch.zeros(0)] * 3, (), *[torch.zeros(0)] * 3)
     grid = vectors.transpose(1, 2).unflatten(2, (2, 2))
     plain = whole(stand_in._replace(features=(grid,)))
     ours = whole(stand_in._replace(features=(grid,)), leave_out=True)
@@ -306,7 +306,7 @@ def test_spatial_map_at_the_size_of_the_image():
         )
         for m in coarse.numpy()
     ]
-    close(spatial_at_size(coarse, 64), expected)
+    close(at_size(coarse, 64), expected)
 
 
 def test_maps_are_differentiable():

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from msvae.config import PRESETS, Config, preset
 from msvae.model import LOGVAR_RANGE, ORDERS, TURNS, VAE
-from msvae.train import losses
+from msvae.train import inspection_loss, losses
 
 SMALL = Config().replace(image_size=32, hidden_dims=(8, 16), latent_dim=8)
 
@@ -92,6 +92,8 @@ def test_every_weight_learns():
     model = built().train()
     draw = torch.arange(4)
     losses(model, images(), 1.0, torch.randn(4, 8), draw, draw).total.backward()
+    odds = model.inspector(images())
+    inspection_loss(odds, torch.ones_like(odds)).backward()
     silent = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
     assert silent == []
 

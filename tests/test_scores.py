@@ -14,7 +14,7 @@ from msvae import scores
 from msvae.config import Config
 from msvae.evidence import Evidence
 from msvae.model import VAE
-from msvae.scorer import learn
+from msvae.scorer import PLACES, learn
 from msvae.scores import Mahalanobis, Neighbours
 from msvae.tensors import flatten
 from msvae.train import losses, to_batch, train
@@ -38,6 +38,7 @@ ONE_SIDED = (
     "spread",
     "spatial",
     "residual",
+    "structure",
     "order",
     "turn",
     "neighbours",
@@ -48,7 +49,7 @@ ONE_SIDED = (
     "typicality",
     "fused",
 )
-ALL = ("kl", *ONE_SIDED)
+ALL = ("kl", "inspection", *ONE_SIDED)
 
 
 def smooth_images(n, seed):
@@ -69,7 +70,8 @@ def learned(model, pixels, **changes):
     with torch.inference_mode():
         parts = [pixels[i : i + 16] for i in range(0, len(pixels), 16)]
         settings = {"alpha": ALPHA, "beta": BETA} | changes
-        return learn(model, lambda: (batch(p) for p in parts), **settings)
+        held = smooth_images(8, 9)
+        return learn(model, lambda: (batch(p) for p in parts), lambda: [batch(held)], **settings)
 
 
 class Setting:
@@ -354,10 +356,10 @@ def test_order_and_turn_are_means_of_their_columns(e, found):
 
 
 def test_map_scores_are_peaks(setting, e, found):
-    """`spatial` and `residual` are the greatest values of their maps."""
+    """The scores of places are the greatest values of their maps."""
     with torch.inference_mode():
         maps = setting.scorer.maps(e)
-    for name in ("spatial", "residual"):
+    for name in PLACES:
         assert maps[name].shape == (N_HELD, 32, 32)
         close(found["held"][name], [float(m.numpy().max()) for m in maps[name]], rtol=1e-6)
 
@@ -387,7 +389,7 @@ def test_bands_miss_no_energy():
     gen = torch.Generator().manual_seed(0)
     grey = torch.rand(4, 1, 32, 32, generator=gen).expand(4, 3, 32, 32)
     blank = torch.zeros(4, 0)
-    e = Evidence(grey, torch.zeros_like(grey), blank, blank, (), blank, blank)
+    e = Evidence(grey, torch.zeros_like(grey), blank, blank, (), blank, blank[:, :, None], blank)
     total = scores.residual_bands(e)[:, ::2].exp().sum(dim=1)
     close(total, grey.square().mean(dim=(1, 2, 3)))
 

@@ -1,7 +1,9 @@
 """A run folder is whole, or it is refused in one line; no moment and no byte makes it another."""
 
 import ast
+import errno
 import json
+import os
 import struct
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,7 +30,7 @@ def folder(tmp_path):
     where = tmp_path / "run"
     store.save_run(
         where,
-        {"decision": "old", "n": 3},
+        {"decision": "old", "config": {}, "n": 3},
         {"model.safetensors": tensors(), "calibration.safetensors": tensors()},
         {"split.csv": [{"path": "a.png", "part": "train"}], "history.csv": [{"epoch": 1}]},
         {"environment.json": {"python": "3"}},
@@ -196,7 +198,9 @@ def crash_at(monkeypatch, count, *, after):
 
 
 def update(folder):
-    store.update_run(folder, {"decision": "new"}, "calibration.safetensors", tensors(2.0))
+    store.update_run(
+        folder, {"config": {}, "decision": "new"}, "calibration.safetensors", tensors(2.0)
+    )
 
 
 @pytest.mark.parametrize("after", [False, True])
@@ -241,10 +245,18 @@ def test_a_crash_in_a_first_save_leaves_no_run(tmp_path, monkeypatch, count):
     parts = {"model.safetensors": tensors(), "calibration.safetensors": tensors()}
     tables = {"split.csv": [{"path": "a"}], "history.csv": [{"epoch": 1}]}
     with crash_at(monkeypatch, count, after=False):
-        store.save_run(tmp_path / "run", {}, parts, tables, {"environment.json": {}})
+        store.save_run(
+            tmp_path / "run",
+            {"config": {}, "decision": {}},
+            parts,
+            tables,
+            {"environment.json": {}},
+        )
     assert not store.is_run(tmp_path / "run")
     assert not [p for p in (tmp_path / "run").iterdir() if p.name.startswith(".")]
-    store.save_run(tmp_path / "run", {}, parts, tables, {"environment.json": {}})
+    store.save_run(
+        tmp_path / "run", {"config": {}, "decision": {}}, parts, tables, {"environment.json": {}}
+    )
     check(tmp_path / "run")
 
 
@@ -254,6 +266,25 @@ def test_a_crash_while_saving_over_a_run_never_loads_a_mixture(folder, monkeypat
         parts = {"model.safetensors": tensors(5.0), "calibration.safetensors": tensors(5.0)}
         store.save_run(folder, {}, parts, {}, {})
     refused(folder, "model.safetensors", "checksum")
+
+
+def test_a_full_disk_leaves_the_old_run_whole(folder, monkeypatch):
+    """All of the new run must lie on the disk before the first file of the old one goes."""
+    written, settle = [], os.fsync
+
+    def fsync(number):
+        written.append(number)
+        if len(written) == 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        settle(number)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    parts = {"model.safetensors": tensors(5.0), "calibration.safetensors": tensors(5.0)}
+    with pytest.raises(OutputError, match="No space left"):
+        store.save_run(folder, {}, parts, {"split.csv": [{"path": "a"}]}, {})
+    check(folder)
+    assert store.read_facts(folder)["n"] == 3
+    assert not [p for p in folder.iterdir() if p.name.startswith(".")]
 
 
 def test_a_disk_that_refuses_is_one_line(tmp_path):

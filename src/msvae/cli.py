@@ -298,7 +298,8 @@ def _evaluate(options: argparse.Namespace) -> int:
     screen.false_alarms(result["false_alarm"])
     page = options.run / "report.html" if options.out is None else out / "report.html"
     _write_page(screen, options.run, page, evaluation=out)
-    return _unreadable(screen, done.scan.quarantine, out / "quarantine.csv", options.strict)
+    refused = done.scan.quarantine  # its file is written in any case
+    return _unreadable(screen, refused, out / "quarantine.csv", options.strict) if refused else 0
 
 
 def _add_explain(verbs: Any) -> None:

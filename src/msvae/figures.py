@@ -89,7 +89,7 @@ def distribution_figure(labels: Ints, scores: Floats, threshold: float | None = 
             part, edges, weights=share, color=colour, alpha=0.55, label=f"{name} ({len(part)})"
         )
     axes.set_xscale("function", functions=(forward, back))
-    ticks = [t for t in _ticks(knee) if low <= t <= high]
+    ticks = _ticks(knee, low, high)
     axes.set_xticks(ticks, [f"{t:g}" for t in ticks])
     if threshold is not None:
         axes.axvline(threshold, color="#333333", linewidth=1.2, linestyle="--", label="threshold")
@@ -98,9 +98,17 @@ def distribution_figure(labels: Ints, scores: Floats, threshold: float | None = 
     return figure
 
 
-def _ticks(knee: float) -> list[float]:
+def _ticks(knee: float, low: float, high: float) -> list[float]:
+    """Round scores between the ends, at least a tenth of the axis apart."""
     step = 10 ** np.floor(np.log10(knee))
-    return [0.0, *[float(step * 10**k) for k in range(8)]]
+    round_ones = [float(m * step * 10.0**k) for k in range(-1, 8) for m in (1, 2, 5)]
+    inside = [t for t in (0.0, *round_ones) if low <= t <= high]
+    least = 0.1 * (np.arcsinh(high / knee) - np.arcsinh(low / knee))
+    chosen: list[float] = []
+    for tick in inside:
+        if not chosen or np.arcsinh(tick / knee) - np.arcsinh(chosen[-1] / knee) >= least:
+            chosen.append(tick)
+    return chosen
 
 
 def training_figure(history: Sequence[Mapping[str, float]]) -> Any:

@@ -19,19 +19,30 @@ from msvae.errors import OutputError
 def atomic(path: Path) -> Iterator[io.BufferedWriter]:
     """A file to write into, renamed to `path` at the end; `OutputError` when the disk refuses."""
     temporary = path.with_name(f".{secrets.token_hex(8)}")
+    with _told(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with temporary.open("wb") as file:
+                yield file
+                _settled(file)
+            temporary.replace(path)
+        finally:
+            _forget(temporary)
+
+
+@contextmanager
+def _told(path: Path) -> Iterator[None]:
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        yield
     except OSError as error:
         raise OutputError(
             f"{path}: cannot be written ({error.strerror}): free some space or choose another place"
         ) from error
-    finally:
-        _forget(temporary)
+
+
+def _settled(file: io.BufferedWriter) -> None:
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def _forget(temporary: Path) -> None:
@@ -47,30 +58,64 @@ def write_bytes(path: Path, data: bytes) -> None:
         file.write(data)
 
 
+def write_all(folder: Path, contents: Mapping[str, bytes]) -> None:
+    """Write several files: all lie on the disk before the first takes its place, in their order."""
+    token = secrets.token_hex(8)
+    waiting = {folder / name: folder / f".{token}.{i}" for i, name in enumerate(contents)}
+    try:
+        for path, temporary in waiting.items():
+            with _told(path):
+                folder.mkdir(parents=True, exist_ok=True)
+                with temporary.open("wb") as file:
+                    file.write(contents[path.name])
+                    _settled(file)
+        for path, temporary in waiting.items():
+            with _told(path):
+                temporary.replace(path)
+    finally:
+        for temporary in waiting.values():
+            _forget(temporary)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write UTF-8 text atomically; the odd bytes of a file name go back as they came."""
     write_bytes(path, text.encode("utf-8", "surrogateescape"))
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON atomically; a NaN is refused, since JSON has none."""
-    write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+    """Write JSON atomically."""
+    write_bytes(path, as_json(value))
 
 
-def write_table(path: Path, rows: Sequence[Sequence[object]]) -> None:
-    """Write rows of cells as CSV, atomically; floats come back to the bit."""
+def as_json(value: Any) -> bytes:
+    """JSON as it stands in a file; a NaN is refused, since JSON has none."""
+    return (json.dumps(value, indent=1, allow_nan=False) + "\n").encode()
+
+
+def as_csv(rows: Sequence[Sequence[object]]) -> bytes:
+    """Rows of cells as CSV; floats come back to the bit, odd bytes of file names too."""
     text = io.StringIO()
     for row in rows:  # a lone \r in a cell is quoted only where the line ends hold one
         line = io.StringIO()
         csv.writer(line, lineterminator="\r\n").writerow(row)
         text.write(line.getvalue().removesuffix("\r\n") + "\n")
-    write_text(path, text.getvalue())
+    return text.getvalue().encode("utf-8", "surrogateescape")
+
+
+def write_table(path: Path, rows: Sequence[Sequence[object]]) -> None:
+    """Write rows of cells as CSV, atomically."""
+    write_bytes(path, as_csv(rows))
 
 
 def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write rows with the same keys as CSV under a line of their names."""
+    write_table(path, with_head(rows))
+
+
+def with_head(rows: Sequence[Mapping[str, Any]]) -> list[list[object]]:
+    """The cells of rows with the same keys, under a line of their names."""
     head = list(rows[0]) if rows else []
-    write_table(path, [head, *[[row[key] for key in head] for row in rows]])
+    return [list(head), *[[row[key] for key in head] for row in rows]]
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:

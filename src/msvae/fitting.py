@@ -247,7 +247,8 @@ def _train(
             return
         numbers = {k: v for k, v in asdict(now).items() if k != "tensors"}
         store.write_checkpoint(folder, now.tensors, {"identity": identity, "state": numbers})
-        files.write_rows(folder / "history.csv", now.history)
+        if not store.is_run(folder):  # one that is being replaced stays whole until the end
+            files.write_rows(folder / "history.csv", now.history)
 
     return train(
         model,

@@ -4,15 +4,18 @@ Two-sided by nature: unusually low is as unusual as unusually high (DoSE, Mornin
 Scores with a direction come in one-sidedly and are added as surprisals (Fisher's method).
 """
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 KNOTS = 129
 TAIL = 0.1  # the outer tenth of the references sets the slope beyond the outermost one
 COMPONENTS = (1, 2, 4, 8, 16)
+KNEE = math.log(50)  # nats: one in fifty normal images
 PER_COMPONENT = 150  # images needed for each component of the mixture
 
 
@@ -151,12 +154,13 @@ class TwoSided:
 
 @dataclass(frozen=True)
 class Fusion:
-    """Several scores with a direction into one, nats: surprisals added (Fisher 1932), in two sides.
+    """Several scores with a direction into one, in nats, from their surprisals on normal images.
 
-    The first `local` scores look at places, the others at the whole picture. Each side's weighted
-    sum of surprisals is brought back to one surprisal, and the two are added: a side with many
-    scores has no more say than one with few. The scores need not be independent: the conformal
-    p-value of the sum is right all the same.
+    The first `local` scores are peaks of maps, maxima over many places that vary on normal images
+    without meaning: their sum (Fisher 1932) counts by its excess over the level that one in fifty
+    normal images reaches, with a soft knee. The others look at the whole picture: of them the
+    Euclidean norm counts, between their sum (many weak hints) and their greatest (one sure sign).
+    The scores need not be independent: the conformal p-value of the result is right all the same.
     """
 
     quantiles: QuantileMap  # of the scores
@@ -191,12 +195,12 @@ class Fusion:
         return _spread(told, self.quantiles.kept, experts.shape[1]) * self.weights
 
     def sides(self, surprisals: Tensor) -> Tensor:
-        """The surprisal of each side, (B, 2), from the scores' weighted surprisals (B, K)."""
-        count = torch.zeros_like(self.weights)
-        count[self.quantiles.kept] = self.weights[self.quantiles.kept]
-        sums = [surprisals[:, : self.local].sum(dim=1), surprisals[:, self.local :].sum(dim=1)]
-        counts = (float(count[: self.local].sum()), float(count[self.local :].sum()))
-        return torch.stack([tail_of_sum(s, k) for s, k in zip(sums, counts, strict=True)], dim=1)
+        """What places and picture bring, (B, 2), nats, from the weighted surprisals (B, K)."""
+        said = torch.zeros_like(self.weights)
+        said[self.quantiles.kept] = self.weights[self.quantiles.kept]
+        places = surprisals[:, : self.local].sum(dim=1)
+        excess = F.softplus(tail_of_sum(places, float(said[: self.local].sum())) - KNEE)
+        return torch.stack([excess, surprisals[:, self.local :].norm(dim=1)], dim=1)
 
     def __call__(self, experts: Tensor) -> Tensor:
         """(B, K) -> (B,), nats."""

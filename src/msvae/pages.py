@@ -71,7 +71,7 @@ def run_page(run: Path, evaluation: Path, progress: Progress) -> Report:
         notes=_decision_notes(detector),
         thresholds=() if table is None else (_operating(table, detector),),
         ablation=ablation,
-        galleries=(*galleries, *_unusual(detector)),
+        galleries=(*galleries, *_unusual(detector, progress)),
         tables=(maps_table(judged["maps"]),) if judged.get("maps") else (),
         figures=tuple(_figures(table, detector, history)),
         unreadable=tuple(refused),
@@ -218,8 +218,13 @@ def _figures(
         curve = figures.precision_recall_figure(labels, table.scores)
         alt = f"ROC curves of the main scores; the fused score has an AUROC of {best:.3f}"
         drawn.append(_figure("Receiver operating characteristic", roc, alt))
-        drawn.append(_figure("Precision and recall", curve, "Precision-recall curves"))
-        spread = figures.distribution_figure(labels, table.scores["fused"])
+        precision = metrics.average_precision(labels, table.scores["fused"])
+        alt = (
+            f"Precision-recall curves; the fused score has an average precision of {precision:.3f}"
+        )
+        drawn.append(_figure("Precision and recall", curve, alt))
+        limit = None if detector is None else detector.thresholds().get("fused")
+        spread = figures.distribution_figure(labels, table.scores["fused"], limit)
         drawn.append(_figure("Fused score", spread, "Histogram of the fused score by class"))
         if detector is not None and table.p is not None:
             plot = figures.calibration_figure(table.p[labels == 0], detector.calibration.n)
@@ -306,13 +311,15 @@ def _item(table: ScoreTable, row: int, picture: Pixels, e: Explanation | None) -
         kind=kind,
         scores=tuple(_score_line(table, k, row) for k in table.scores),
     )
-    if e is None:
-        return item
+    return item if e is None else _with_maps(replace(item, mask=_mask(name, e, picture)), e)
+
+
+def _with_maps(item: Item, e: Explanation) -> Item:
+    """The item with all that its explanation shows."""
     return replace(
         item,
         reconstruction=e.reconstruction,
         maps=tuple(_map_view(k, e) for k in SHOWN if k in e.model_maps),
-        mask=_mask(name, e, picture),
         contributions=dict(sorted(e.contributions.items(), key=lambda kv: -abs(kv[1]))),
         notes=(*_region_notes(e), *e.notes),
         nearest=tuple((n.name, n.thumbnail) for n in e.nearest),
@@ -352,32 +359,27 @@ def _mask(name: str, e: Explanation, picture: Pixels) -> NDArray[np.bool_] | Non
     return pictures.fit_mask(mask, *picture.shape[:2])
 
 
-def _unusual(detector: Detector) -> list[Gallery]:
+def _unusual(detector: Detector, progress: Progress) -> list[Gallery]:
     """The training images that are the least like the others: a good folder may hold a bad part."""
     r = detector.references
     if r is None:
         return []
-    order = np.argsort(-r.fused.numpy(), kind="stable")[:UNUSUAL]
-    items = [_unusual_item(detector, int(i)) for i in order]
+    order = np.argsort(-r.fused.numpy(), kind="stable")[:UNUSUAL].tolist()
+    found = {i: s for i in order if (s := _source(r.names[i])) is not None}
+    explained, _ = explain_many(detector, list(found.values()), progress=progress)
+    by_name = {e.name: e for e in explained}
+    items = []
+    for i in order:
+        e = by_name.get(str(found.get(i)))
+        small = r.thumbnails[i].numpy()
+        score = float(r.fused[i])
+        p = detector.calibration.p_values({"fused": np.array([score])})["fused"][0]
+        item = Item(name=r.names[i], image=small, score=score, p=float(p))
+        items.append(item if e is None else _with_maps(replace(item, image=_looked_at(e)), e))
     about = "The training images that the model finds hardest to believe: is each of them normal?"
     if detector.facts["n"]["train"] > len(r.names):
         about += f" (Chosen among {len(r.names):,} references of the training images.)"
     return [Gallery(title="Most unusual training images", items=tuple(items), about=about)]
-
-
-def _unusual_item(detector: Detector, row: int) -> Item:
-    r = detector.references
-    if r is None:
-        raise DataError("the run holds no references: fit it again")
-    source = _source(r.names[row])
-    picture = None if source is None else _picture(source)
-    score = float(r.fused[row])
-    return Item(
-        name=r.names[row],
-        image=r.thumbnails[row].numpy() if picture is None else picture,
-        score=score,
-        p=float(detector.calibration.p_values({"fused": np.array([score])})["fused"][0]),
-    )
 
 
 def _facts(run: Path, detector: Detector) -> dict[str, dict[str, str]]:

@@ -16,7 +16,7 @@ from safetensors.torch import save as dump_tensors
 from torch import Tensor
 
 from msvae.errors import RunError
-from msvae.files import write_bytes, write_json, write_rows
+from msvae.files import as_csv, as_json, with_head, write_all, write_bytes, write_json
 
 FORMAT = 1
 CONFIG = "config.json"
@@ -36,20 +36,17 @@ def save_run(
     tables: Mapping[str, Sequence[Mapping[str, Any]]],
     documents: Mapping[str, Any],
 ) -> None:
-    """Write a run: tensor files, tables and documents by name, then `config.json` with `facts`."""
-    checksums: dict[str, str] = {}
-    for name, content in tensors.items():
-        data = _dump(content)
-        write_bytes(folder / name, data)
-        checksums[name] = hashlib.sha256(data).hexdigest()
-    for name, rows in tables.items():
-        write_rows(folder / name, rows)
-        checksums[name] = _sha256(folder / name)
-    for name, document in documents.items():
-        write_json(folder / name, document)
-        checksums[name] = _sha256(folder / name)
-    checksums.pop("history.csv", None)
-    write_json(folder / CONFIG, {"format": FORMAT, **facts, "checksums": checksums})
+    """Write a run: tensor files, tables and documents by name, then `config.json` with `facts`.
+
+    A run that stood there before stays whole until all of the new one lies on the disk.
+    """
+    contents = {name: _dump(content) for name, content in tensors.items()}
+    contents |= {name: as_csv(with_head(rows)) for name, rows in tables.items()}
+    contents |= {name: as_json(document) for name, document in documents.items()}
+    sums = {name: hashlib.sha256(data).hexdigest() for name, data in contents.items()}
+    sums.pop("history.csv", None)  # it grows while training
+    contents[CONFIG] = as_json({"format": FORMAT, **facts, "checksums": sums})
+    write_all(folder, contents)
 
 
 def update_run(

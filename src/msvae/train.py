@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from msvae import scores
 from msvae.augment import augment
-from msvae.config import Config, TrainConfig
+from msvae.config import AugmentConfig, Config, TrainConfig
 from msvae.errors import TrainingError
 from msvae.imagine import COLOURED, Imagination, varied
 from msvae.model import ORDERS, TURNS, VAE
@@ -28,6 +28,8 @@ Pixels = NDArray[np.uint8]
 Row = dict[str, float]
 Note = Callable[[str], None]
 DIVERGED = "the loss is not a finite number: lower train.learning_rate"
+# What the companion sees is shifted and mirrored, so that it does not know its images by heart.
+SHOWN = AugmentConfig(flip_horizontal=True, crop=0.125)
 INSPECTOR_RATE = 2e-3
 SHORTEST_EPOCH = 25  # steps; a small folder is passed over several times in one epoch
 
@@ -87,9 +89,18 @@ class Losses(NamedTuple):
 
 
 def losses(
-    model: VAE, x: Tensor, beta: float, noise: Tensor | None, orders: Tensor, turns: Tensor
+    model: VAE,
+    x: Tensor,
+    beta: float,
+    noise: Tensor | None,
+    orders: Tensor,
+    turns: Tensor,
+    shown: Tensor | None = None,
 ) -> Losses:
-    """The ELBO of images (B, 3, S, S), and the companion's cross-entropy on transformed copies."""
+    """The ELBO of images (B, 3, S, S), and the companion's cross-entropy on transformed copies.
+
+    The companion is shown `shown`, (B, 3, S, S) too, or the images themselves.
+    """
     e = model(x, noise)
     e = e._replace(recon=e.recon.float(), mu=e.mu.float(), logvar=e.logvar.float())
     error = scores.reconstruction(e).mean()
@@ -98,7 +109,7 @@ def losses(
     variance = error.detach() + 1e-6 if model.config.sigma_vae else None
     pretext = x.new_zeros(())
     if model.companion is not None:
-        order, turn = model.companion(transform(x, orders, turns))
+        order, turn = model.companion(transform(x if shown is None else shown, orders, turns))
         pretext = F.nll_loss(order.float(), orders) + F.nll_loss(turn.float(), turns)
     per_value = scores.elbo(e, beta, variance).mean() / x[0].numel()
     return Losses(per_value + pretext, error, scores.kl(e).mean(), pretext)
@@ -121,7 +132,9 @@ class Trainer:
 
     def step(self, x: Tensor, rate: float, gen: torch.Generator) -> Losses:
         """One optimiser step on images (B, 3, S, S)."""
-        loss = self.losses(x, torch.randn(len(x), self.model.config.latent_dim, generator=gen), gen)
+        noise = torch.randn(len(x), self.model.config.latent_dim, generator=gen)
+        shown = None if self.model.companion is None else augment(x, SHOWN, gen)
+        loss = self.losses(x, noise, gen, shown)
         self.optimiser.param_groups[0]["lr"] = rate
         self.optimiser.zero_grad(set_to_none=True)
         loss.total.backward()
@@ -129,13 +142,15 @@ class Trainer:
         self.optimiser.step()
         return loss
 
-    def losses(self, x: Tensor, noise: Tensor | None, gen: torch.Generator) -> Losses:
-        """The losses of images with random transformations drawn for the head."""
+    def losses(
+        self, x: Tensor, noise: Tensor | None, gen: torch.Generator, shown: Tensor | None = None
+    ) -> Losses:
+        """The losses of images with random transformations drawn for the companion."""
         orders = torch.randint(len(ORDERS), (len(x),), generator=gen).to(self.device)
         turns = torch.randint(len(TURNS), (len(x),), generator=gen).to(self.device)
         noise = None if noise is None else noise.to(self.device)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.low_precision):
-            return losses(self.model, x, self.config.beta, noise, orders, turns)
+            return losses(self.model, x, self.config.beta, noise, orders, turns, shown)
 
     def epoch(self, pixels: Pixels, state: State, ticks: Iterator[int], note: Note) -> Row:
         """All steps of one epoch; the means of its losses as a row of the history."""
