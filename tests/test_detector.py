@@ -34,6 +34,7 @@ CONFIG = Config().replace(
     companion=False,
     epochs=1,
     min_steps=0,
+    inspector_steps=3,
     batch_size=8,
     target_fpr=0.2,
     precision="fp32",

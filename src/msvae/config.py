@@ -73,7 +73,7 @@ class TrainConfig:
 
     epochs: int = 12
     min_steps: int = 240
-    inspector_steps: int = 1000
+    inspector_steps: int = 800
     batch_size: int = 32
     learning_rate: float = 1.5e-3
     schedule: Schedule = "onecycle"

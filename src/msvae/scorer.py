@@ -163,11 +163,12 @@ def _fuse(experts: dict[str, Tensor]) -> Fusion:
     """The fusion of the training images' scores.
 
     A task's score weighs as much as the companion learned of the task: 1 for certainty, 0 for a
-    guess (a task that cannot be learned says nothing).
+    guess (a task that cannot be learned says nothing), and so do the features that it learned.
     """
     weights = dict.fromkeys(EXPERTS, 1.0)
     for name, chance in (("order", len(ORDERS)), ("turn", len(TURNS))):
         weights[name] = max(0.0, 1 - float(experts[name].mean()) / log(chance))
+    weights["neighbours"] = max(weights["order"], weights["turn"])
     return Fusion.fit(
         torch.stack([experts[k] for k in EXPERTS], dim=1),
         torch.tensor([weights[k] for k in EXPERTS], dtype=torch.float64),
