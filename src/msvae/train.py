@@ -290,7 +290,7 @@ def _batches(trainer: Trainer, gen: torch.Generator) -> Iterator[NDArray[np.int6
 def _bf16_pays(config: TrainConfig, device: torch.device) -> bool:
     """Whether to compute in bfloat16: on GPUs, and on CPUs that have instructions for it.
 
-    On a CPU without them it was measured 8 times slower than float32 (LOG.md).
+    On a CPU without them it is emulated, which is slower than float32.
     """
     if config.precision != "auto" or device.type != "cpu":
         return config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
