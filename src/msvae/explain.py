@@ -253,15 +253,17 @@ def shapley(scorer: Scorer, e: Evidence) -> dict[str, Tensor]:
     columns = {n: [i for i, k in enumerate(kept) if k in range(*s)] for n, s in GROUPS.items()}
     plain = [k for k in EXPERTS if k != "typicality"]
     place = {k: i for i, k in enumerate(EXPERTS)}
-    densities = {c: density.density(_seen(z, c, columns)) for c in _coalitions(tuple(GROUPS))}
+    typicality = {
+        c: _typicality_told(scorer, values, density.density(_seen(z, c, columns)))
+        for c in _coalitions(tuple(GROUPS))
+    }
 
     def play(coalition: frozenset[str], side: int) -> Tensor:
         seen = at_rest.expand_as(told).clone()
         for name in plain:
             if name in coalition:
                 seen[:, place[name]] = told[:, place[name]]
-        scored = densities[coalition & frozenset(GROUPS)]
-        seen[:, place["typicality"]] = _typicality_told(scorer, values, scored)
+        seen[:, place["typicality"]] = typicality[coalition & frozenset(GROUPS)]
         return fusion.sides(seen)[:, side]
 
     shares: dict[str, Tensor] = {}

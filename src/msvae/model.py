@@ -181,11 +181,14 @@ class VAE(nn.Module):
         inspection, pretext = x.new_zeros(b, 0, 0), x.new_zeros(b, 0)
         return Evidence(x, self.decode(z), mu, logvar, features, embedding, inspection, pretext)
 
+    def inspected(self, x: Tensor) -> Evidence:
+        """The VAE's pass and the inspector's: all that the maps read."""
+        e = self(x)
+        return e if self.inspector is None else e._replace(inspection=self.inspector(x))
+
     def evidence(self, x: Tensor) -> Evidence:
         """All that the scores read: the VAE's pass, the inspector's and the companion's verdicts."""
-        e = self(x)
-        if self.inspector is not None:
-            e = e._replace(inspection=self.inspector(x))
+        e = self.inspected(x)
         if self.companion is None:
             return e
         embedding = self.companion.embed(x)

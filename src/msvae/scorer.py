@@ -224,7 +224,7 @@ def _measure_maps(
     peaks: list[Tensor] = []
     sums = torch.zeros(len(PLACES), 3, dtype=torch.float64)
     for x in batches():
-        e, side = model.evidence(x), x.shape[-1]
+        e, side = model.inspected(x), x.shape[-1]
         found = {
             "residual": residual(e),
             "spatial": at_size(spatial(e, leave_out=True), side),
