@@ -303,15 +303,14 @@ def test_many_images_come_in_order(loaded):
 
 
 def test_maps_come_when_asked_for(loaded):
-    """(N, S, S) each, the peaks being the scores; otherwise none."""
+    """(N, S, S) each, the scores being means of them; otherwise none."""
     scan = loaded.scan(NEW[:5], with_maps=True)
     assert set(scan.maps) == {"reconstruction", *PLACES, "fused"}
     for found in scan.maps.values():
         assert found.shape == (5, 32, 32)
         assert np.isfinite(found).all()
-    np.testing.assert_allclose(
-        scan.maps["spatial"].max(axis=(1, 2)), scan.table.scores["spatial"], rtol=1e-6
-    )
+    highest = np.sort(scan.maps["spatial"].reshape(5, -1))[:, -round(0.05 * 32 * 32) :]
+    np.testing.assert_allclose(highest.mean(axis=1), scan.table.scores["spatial"], rtol=1e-5)
     mean = scan.maps["reconstruction"].mean(axis=(1, 2))
     np.testing.assert_allclose(mean, scan.table.scores["reconstruction"], rtol=1e-4)
     assert loaded.scan(NEW[:5]).maps == {}

@@ -140,7 +140,8 @@ def test_shapley_is_the_average_over_all_orders(detector, evidence):
         @cache
         def worth(coalition, names=names, count=count):
             if names[0] != EXPERTS[0]:
-                return np.sqrt(sum(told(n, coalition) ** 2 for n in names))
+                norm = np.sqrt(sum(told(n, coalition) ** 2 for n in names))
+                return np.logaddexp(0, norm - 2)
             total = sum(told(n, coalition) for n in names)
             far = total - (count - 1) * np.log(total) + special.gammaln(count)
             tail = np.where(total > 300, far, -stats.gamma(count).logsf(total.clip(0, 300)))

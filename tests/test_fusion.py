@@ -241,12 +241,12 @@ def test_the_surprisals_are_those_of_the_ranks():
 
 
 def test_the_fused_score_by_hand():
-    """Places: a gamma tail (scipy's) above the 2 % level; the whole picture: a Euclidean norm."""
+    """Places: a gamma tail (scipy's) above the 2 % level; the picture: a Euclidean norm above 2."""
     x = ranks(0, 100, 4)
     fusion = Fusion.fit(x, WEIGHTS, 2)
     told = fusion.surprisals(x).numpy()
     places = np.logaddexp(0, -gamma(1.5).logsf(told[:, :2].sum(axis=1)) - np.log(50))
-    picture = np.sqrt((told[:, 2:] ** 2).sum(axis=1))
+    picture = np.logaddexp(0, np.sqrt((told[:, 2:] ** 2).sum(axis=1)) - 2)
     np.testing.assert_allclose(fusion(x), places + picture, rtol=1e-9)
 
 
@@ -283,10 +283,27 @@ def test_images_that_were_not_trained_on_are_ordinary_after_the_correction():
     fusion = Fusion.fit(normals(0, 500, 4), WEIGHTS, 2)
     new = 2 + 0.5 * normals(1, 2000, 4)
     before = fusion.surprisals(new).median(dim=0).values / WEIGHTS
-    after = fusion.corrected(2 + 0.5 * normals(2, 200, 4)).surprisals(new)
-    after = after.median(dim=0).values / WEIGHTS
+    mended = fusion.corrected(2 + 0.5 * normals(2, 200, 4))
+    after = mended.surprisals(new).median(dim=0).values / mended.weights
     assert (before[:3] > 3).all()
     np.testing.assert_allclose(after[:3], np.log(2), atol=0.2)
+
+
+def test_a_score_weighs_less_the_less_training_tells_of_it():
+    """Weights fall with the gap g between trained and new normals as 1 / sqrt(1 + g²)."""
+    fusion = Fusion.fit(normals(0, 500, 4), WEIGHTS, 2)
+    moved = torch.tensor([0.0, 3.0, -3.0, 3.0])
+    corrected = fusion.corrected(normals(1, 100_000, 4) + moved)
+    wanted = WEIGHTS / torch.tensor([1.0, 10**0.5, 1.0, 10**0.5])
+    np.testing.assert_allclose(corrected.weights, wanted, rtol=0.05)
+
+
+def test_a_far_gap_widens_what_is_ordinary():
+    """From two images the scatter is not told: a score whose normals moved is taken to be wide."""
+    fusion = Fusion.fit(normals(0, 500, 4), WEIGHTS, 2)
+    pair = torch.tensor([[2.0] * 4, [4.0] * 4]).double()
+    near = fusion.corrected(pair - 3).width
+    assert (fusion.corrected(pair).width > 1.15 * near).all()
 
 
 def test_few_held_out_images_correct_little():

@@ -16,6 +16,7 @@ KNOTS = 129
 TAIL = 0.1  # the outer tenth of the references sets the slope beyond the outermost one
 COMPONENTS = (1, 2, 4, 8, 16)
 KNEE = math.log(50)  # nats: one in fifty normal images
+PLAIN = 2.0  # nats: the norm of four surprisals of an ordinary picture
 PER_COMPONENT = 150  # images needed for each component of the mixture
 
 
@@ -156,10 +157,11 @@ class TwoSided:
 class Fusion:
     """Several scores with a direction into one, in nats, from their surprisals on normal images.
 
-    The first `local` scores are peaks of maps, maxima over many places that vary on normal images
+    The first `local` scores are of maps, the oddest of many places, which vary on normal images
     without meaning: their sum (Fisher 1932) counts by its excess over the level that one in fifty
     normal images reaches, with a soft knee. The others look at the whole picture: of them the
-    Euclidean norm counts, between their sum (many weak hints) and their greatest (one sure sign).
+    Euclidean norm counts, between their sum (many weak hints) and their greatest (one sure sign),
+    by its excess over an ordinary picture's.
     The scores need not be independent: the conformal p-value of the result is right all the same.
     """
 
@@ -181,13 +183,21 @@ class Fusion:
         """The same for images that were not trained on, from the scores (M, K) of a few of them.
 
         A network knows its training images: new normal images score higher in everything it
-        learned. Shrunk to no correction where there are few.
+        learned. The further apart the two lie, the less the training images tell of how a score
+        scatters, so the wider it is taken to be and the less it weighs. Shrunk to no correction
+        where there are few images.
         """
         z, m = self.quantiles(held), len(held)
-        gap = m / (m + 5) * z.median(dim=0).values
-        deviation = (z - z.median(dim=0).values).abs().median(dim=0).values / 0.6745
-        width = (m / (m + 10) * deviation.clamp(0.1, 10).log()).exp()
-        return replace(self, gap=gap, width=width)
+        centre = z.median(dim=0).values
+        gap = m / (m + 5) * centre
+        apart = gap.clamp_min(0)
+        robust = (z - centre).abs().median(dim=0).values / 0.6745
+        seen = torch.maximum(robust, z.std(dim=0)) if m > 1 else robust
+        share = m / (m + 10)
+        log_width = share * seen.clamp(0.1, 10).log() + (1 - share) * (1 + apart / 2).log()
+        weights = self.weights.clone()
+        weights[self.quantiles.kept] /= (1 + apart.square()).sqrt()
+        return replace(self, gap=gap, width=log_width.exp(), weights=weights)
 
     def surprisals(self, experts: Tensor) -> Tensor:
         """Weighted surprisals (B, K) of scores (B, K), nats; 0 where a score was constant."""
@@ -200,7 +210,8 @@ class Fusion:
         said[self.quantiles.kept] = self.weights[self.quantiles.kept]
         places = surprisals[:, : self.local].sum(dim=1)
         excess = F.softplus(tail_of_sum(places, float(said[: self.local].sum())) - KNEE)
-        return torch.stack([excess, surprisals[:, self.local :].norm(dim=1)], dim=1)
+        whole = F.softplus(surprisals[:, self.local :].norm(dim=1) - PLAIN)
+        return torch.stack([excess, whole], dim=1)
 
     def __call__(self, experts: Tensor) -> Tensor:
         """(B, K) -> (B,), nats."""

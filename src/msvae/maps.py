@@ -15,6 +15,7 @@ from msvae.evidence import Evidence
 SPATIAL_CHANNELS = 64
 SHRINKAGES = (0.02, 0.1, 0.3, 0.6, 0.95)
 FLOOR = 1e-8
+ODDEST = 0.05  # share of the places that make a map's score
 
 
 def reconstruction_map(e: Evidence) -> Tensor:
@@ -32,6 +33,15 @@ def inspection(e: Evidence) -> Tensor:
     if e.inspection.shape[-1] == 0:
         return torch.zeros_like(e.x[:, 0])
     return smooth(e.inspection, max(e.x.shape[-1] / 64, 0.5))
+
+
+def oddest(maps: Tensor) -> Tensor:
+    """Mean over the most anomalous 5 % of the places of maps (B, H, W), (B,): a map's score.
+
+    The maximum alone is the noise of one place: a defect is rarely smaller than that.
+    """
+    flat = maps.flatten(1)
+    return flat.topk(max(1, round(ODDEST * flat.shape[1])), dim=1).values.mean(dim=1)
 
 
 def smooth(maps: Tensor, sigma: float) -> Tensor:

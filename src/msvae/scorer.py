@@ -23,7 +23,7 @@ from msvae.tensors import to_device
 Batches = Callable[[], Iterable[Tensor]]  # each call goes over the training images once more
 
 # What the fusion adds up: a two-sided density of the VAE's statistics, and scores with a direction.
-PLACES = ("residual", "spatial", "structure", "inspection")  # maps; their peaks, and their mean
+PLACES = ("residual", "spatial", "structure", "inspection")  # maps: their oddest places
 EXPERTS = (*PLACES, "typicality", "order", "turn", "neighbours")
 
 
@@ -83,10 +83,7 @@ class Scorer:
             "kl": scores.kl(e),
             "elbo": scores.elbo(e, self.beta, self.variance),
             "spread": scores.spread(e),
-            "spatial": found["spatial"].amax(dim=(1, 2)),
-            "residual": found["residual"].amax(dim=(1, 2)),
-            "structure": found["structure"].amax(dim=(1, 2)),
-            "inspection": found["inspection"].amax(dim=(1, 2)),
+            **{name: maps.oddest(found[name]) for name in PLACES},
             "order": scores.order(e),
             "turn": scores.turn(e),
             "neighbours": self.neighbours(e),
@@ -129,14 +126,14 @@ def learn(model: VAE, batches: Batches, held: Batches, *, alpha: float, beta: fl
     residual = to_device(ResidualMap.fit(first.residual), device)
     spatial = to_device(SpatialMap.fit(first.local, first.mix), device)
     structure = to_device(StructureMap.fit(first["structure"]), device)
-    peaks, map_scale = _measure_maps(model, batches, residual, spatial, structure)
+    places, map_scale = _measure_maps(model, batches, residual, spatial, structure)
     typicality = TwoSided.fit(statistics)
     experts = {
         "typicality": typicality.left_out(statistics),
         "order": first["order"],
         "turn": first["turn"],
         "neighbours": neighbours.to(first["direction"], skip=1),
-        **peaks,
+        **places,
     }
     scorer = Scorer(
         alpha=alpha,
@@ -220,8 +217,8 @@ def _measure_maps(
     spatial: SpatialMap,
     structure: StructureMap,
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Peaks (N,) of the fitted maps on the training images, and each map's mean and deviation."""
-    peaks: list[Tensor] = []
+    """Scores (N,) of the fitted maps on the training images, and each map's mean and deviation."""
+    told: list[Tensor] = []
     sums = torch.zeros(len(PLACES), 3, dtype=torch.float64)
     for x in batches():
         e, side = model.inspected(x), x.shape[-1]
@@ -232,14 +229,14 @@ def _measure_maps(
             "inspection": maps.inspection(e),
         }
         together = torch.stack([found[k] for k in PLACES])
-        peaks.append(together.amax(dim=(2, 3)).cpu())
+        told.append(torch.stack([maps.oddest(m) for m in together], dim=1).cpu())
         d = together.flatten(1).double().cpu()
         count = torch.full((len(d),), float(d.shape[1]), dtype=torch.float64)
         sums += torch.stack([count, d.sum(dim=1), d.square().sum(dim=1)], dim=1)
     mean = sums[:, 1] / sums[:, 0]
     deviation = (sums[:, 2] / sums[:, 0] - mean.square()).clamp_min(1e-12).sqrt()
     scale = torch.stack([mean, deviation], dim=1).float()
-    return dict(zip(PLACES, torch.cat(peaks, dim=1), strict=True)), scale
+    return dict(zip(PLACES, torch.cat(told).T, strict=True)), scale
 
 
 def fused(found: Tensor, scale: Tensor) -> Tensor:
