@@ -110,7 +110,7 @@ def told_by_scipy(fusion, row, values):
 def test_shapley_is_the_average_over_all_orders(detector, evidence):
     """Each share is the marginal contribution to its side, averaged over all orders of joining."""
     scorer, fusion = detector.scorer, detector.scorer.fusion
-    found = shapley(scorer, evidence)
+    found = shapley(scorer, evidence, scorer(evidence))
     values = {k: v.numpy() for k, v in scorer(evidence).items()}
     z = scorer.typicality.quantiles(scorer.statistics(evidence, scorer.mahalanobis(evidence)))
     kept = scorer.typicality.quantiles.kept.numpy()
@@ -175,6 +175,19 @@ def test_scores_and_decisions_are_those_of_scoring(detector, images, explained):
 @pytest.fixture(scope="module")
 def cams(detector, images, evidence):
     return gradcams(detector, to_batch(np.stack(images), detector.device), evidence)
+
+
+def test_every_score_is_put_into_words(detector, explained):
+    """The rarest first; noise is busier than all, a grey picture more blurred than all."""
+    assert set(explained[0].readings) == {*explained[0].scores, "detail"}
+    noise = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
+    busy = detector.explain(noise, gradcam=False)
+    assert busy.readings["detail"].startswith("as busy as the busiest")
+    flat = detector.explain(np.full((SIDE, SIDE, 3), 128, np.uint8), gradcam=False)
+    assert flat.readings["detail"].startswith("as blurred as the bluntest")
+    rare = [not words.startswith("ordinary") for words in busy.readings.values()]
+    assert rare == sorted(rare, reverse=True)
+    assert rare[0]
 
 
 @pytest.mark.parametrize("name", CAM_SCORES)

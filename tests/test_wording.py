@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 
 from msvae.calibration import conformal_p
 from msvae.wording import (
+    ABOUT,
+    EXTREMES,
     Summary,
     clip,
     in_words,
@@ -16,6 +18,7 @@ from msvae.wording import (
     percent,
     plural,
     promise,
+    reading,
     sentence,
     tail,
     tiles,
@@ -232,3 +235,22 @@ def test_higher_than_all_is_said_when_it_is(reference, score):
     """Exactly when no normal image kept aside scores as high."""
     p = float(conformal_p(np.array([float(score)]), np.array(reference, dtype=float))[0])
     assert ("higher than all" in in_words(p, len(reference))) == (score > max(reference))
+
+
+def test_a_score_is_read_from_both_tails():
+    """The rarer tail speaks; what one in ten normal images does in either is ordinary."""
+    assert reading("detail", 0.998, 0.004) == "as blurred as the bluntest 0.4 % of normal images"
+    assert reading("detail", 0.004, 0.998) == "as busy as the busiest 0.4 % of normal images"
+    assert reading("kl", 0.3, 0.7).startswith("ordinary: 30 %")
+    assert reading("of another kind", 0.01, 1.0) == "as high as the highest 1 % of normal images"
+
+
+def test_beyond_all_that_were_kept_aside_is_said():
+    """The least p-value of n images says no more than that none of them reached it."""
+    assert reading("fused", 0.01, 1.0, 99).endswith("or beyond: outside all 99 kept aside")
+    assert "beyond" not in reading("fused", 0.02, 0.99, 99)
+
+
+def test_every_score_has_its_own_words():
+    """No score of the ablation is read as "high" or "low" only, but the seed's sums."""
+    assert set(ABOUT) - set(EXTREMES) == {"weighted", "weighted_raw"}

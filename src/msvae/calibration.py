@@ -50,12 +50,6 @@ def threshold(reference: Floats, rate: float) -> float:
     return float(np.nextafter(kth, np.inf))
 
 
-def two_sided_p(values: Floats, reference: Floats) -> Floats:
-    """min(1, 2 min(p_low, p_high)) of statistics without a direction, for explanations."""
-    both = np.minimum(conformal_p(values, reference), conformal_p(-values, -reference))
-    return np.minimum(1.0, 2.0 * both)
-
-
 @dataclass(frozen=True)
 class Decision:
     """The rule by which a run flags images.
@@ -97,6 +91,10 @@ class Calibration:
     def p_values(self, scores: Mapping[str, Floats]) -> dict[str, Floats]:
         """The conformal p-value of every score, upper tail."""
         return {k: conformal_p(v, self.scores[k]) for k, v in scores.items() if k in self.scores}
+
+    def low_p_values(self, scores: Mapping[str, Floats]) -> dict[str, Floats]:
+        """The same for the lower tail: how few normal images score as low."""
+        return {k: conformal_p(-v, -self.scores[k]) for k, v in scores.items() if k in self.scores}
 
     def map_level(self, rate: float = 0.01) -> tuple[float, float]:
         """The value of the fused map that is reached anywhere in a share of normal images.

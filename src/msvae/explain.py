@@ -26,6 +26,7 @@ from msvae.references import References
 from msvae.scorer import EXPERTS, PLACES, Scorer
 from msvae.table import ScoreTable
 from msvae.train import to_batch
+from msvae.wording import reading
 
 BATCH = 32
 FAMILY_WISE = 0.01  # P(any pixel of a normal image reaches the level)
@@ -104,18 +105,21 @@ def _explain_batch(
     with torch.no_grad():
         e = detector.model.evidence(x)
         found = detector.scorer.maps(e)
-        values = {k: v.numpy() for k, v in detector.scorer(e, found).items()}
+        told = detector.scorer(e, found)
+        values = {k: v.numpy() for k, v in told.items()}
         found["difference"] = maps.signed_difference(e)
-        shares = shapley(detector.scorer, e)
+        shares = shapley(detector.scorer, e, told)
+        detail = fine_detail(detector.scorer, e)
     if gradcam:
         found |= {f"gradcam_{k}": v for k, v in gradcams(detector, x, e).items()}
     arrays = {k: v.cpu().numpy().astype(np.float32) for k, v in found.items()}
     drawn = (e.recon.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
     table = detector.table([name for name, _, _ in read], values)
+    words = readings(detector, values, detail)
     near = nearest(detector, e)
     return [
         _one(detector, table, i, image, drawn[i], {k: v[i] for k, v in arrays.items()},
-             {k: float(v[i]) for k, v in shares.items()}, near[i])
+             {k: float(v[i]) for k, v in shares.items()}, near[i], words[i])
         for i, (_, image, _) in enumerate(read)
     ]  # fmt: skip
 
@@ -129,6 +133,7 @@ def _one(
     found: dict[str, Map],
     shares: dict[str, float],
     near: tuple[Nearest, ...],
+    words: dict[str, str],
 ) -> Explanation:
     peaks = detector.calibration.peaks["fused"]
     level, rate = detector.calibration.map_level(FAMILY_WISE)
@@ -148,8 +153,38 @@ def _one(
         flagged=flagged,
         contributions=shares,
         nearest=near,
+        readings=words,
         notes=_notes(detector, len(peaks), rate),
     )
+
+
+def readings(
+    detector: Explainable, values: dict[str, NDArray[np.float64]], detail: NDArray[np.float64]
+) -> list[dict[str, str]]:
+    """Each score of each image in words, the most telling first; `detail` are `fine_detail`s."""
+    n = detector.calibration.n
+    high, low = detector.calibration.p_values(values), detector.calibration.low_p_values(values)
+    tails: dict[str, NDArray[np.float64]] = {k: np.stack([high[k], low[k]], axis=1) for k in high}
+    tails["detail"] = np.stack([1 - detail, detail], axis=1)
+    out = []
+    for row in range(len(detail)):
+        names = sorted(tails, key=lambda k: float(tails[k][row].min()))
+        told = {k: (float(tails[k][row, 0]), float(tails[k][row, 1])) for k in names}
+        counts = {k: None if k == "detail" else n for k in names}
+        out.append({k: reading(k, *told[k], counts[k]) for k in names})
+    return out
+
+
+def fine_detail(scorer: Scorer, e: Evidence) -> NDArray[np.float64]:
+    """The share of training images with less fine detail (energy of the finest luma band), (B,)."""
+    quantiles = scorer.typicality.quantiles
+    column = GROUPS["image bands"][0]
+    if column not in quantiles.kept.tolist():
+        return np.full(len(e.x), 0.5)
+    z = quantiles(scorer.statistics(e, scorer.mahalanobis(e)))
+    share = torch.special.ndtr(z[:, quantiles.kept.tolist().index(column)])
+    least = 1 / (len(quantiles.knots[0]) + 1)
+    return share.clamp(least, 1 - least).numpy()
 
 
 def _notes(detector: Explainable, n: int, rate: float) -> tuple[str, ...]:
@@ -237,14 +272,15 @@ GROUPS = {  # columns of `Scorer.statistics`
 }
 
 
-def shapley(scorer: Scorer, e: Evidence) -> dict[str, Tensor]:
+def shapley(scorer: Scorer, e: Evidence, values: dict[str, Tensor]) -> dict[str, Tensor]:
     """How much each group of evidence contributed to the fused score, (B,) each, nats.
+
+    `values` are the evidence's scores.
 
     Exact Shapley values (Shapley 1953): they and "ordinary image" add up to the score. A group that
     is left out takes the value of the median normal image. The fused score is the sum of two sides,
     so each side is a game of its own; the density of the statistics is four players of the second.
     """
-    values = scorer(e)
     fusion, density = scorer.fusion, scorer.typicality
     told = fusion.surprisals(torch.stack([values[k] for k in EXPERTS], dim=1))
     at_rest = fusion.weights * surprisal(torch.zeros((), dtype=told.dtype))  # the median normal

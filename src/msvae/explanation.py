@@ -77,6 +77,7 @@ class Explanation:
     flagged: bool
     contributions: dict[str, float]  # nats; they add up to the fused score
     nearest: tuple[Nearest, ...]
+    readings: dict[str, str]  # each score in words, the most telling first
     notes: tuple[str, ...] = ()
 
     @property
@@ -101,6 +102,7 @@ class Explanation:
             "p": self.p_values["fused"],
             "scores": self.scores,
             "p_values": self.p_values,
+            "in_words": self.readings,
             "contributions": self.contributions,
             "map_level": {
                 "map": "fused",
@@ -217,6 +219,8 @@ def _shares(axes: Any, e: Explanation) -> None:
 
 def _words(axes: Any, e: Explanation) -> None:
     lines = [f"{in_words(e.p_values['fused'], len(e.peaks))}."]
+    told = [words for name, words in e.readings.items() if name != "fused"]
+    lines += [words for words in told[:3] if not words.startswith("ordinary")]
     for r in e.regions[:4]:
         left, top, right, bottom = r.box
         lines.append(

@@ -322,6 +322,7 @@ def _with_maps(item: Item, e: Explanation) -> Item:
         maps=tuple(_map_view(k, e) for k in SHOWN if k in e.model_maps),
         contributions=dict(sorted(e.contributions.items(), key=lambda kv: -abs(kv[1]))),
         notes=(*_region_notes(e), *e.notes),
+        scores=tuple(replace(s, words=e.readings.get(s.name, "")) for s in item.scores),
         nearest=tuple((n.name, n.thumbnail) for n in e.nearest),
     )
 

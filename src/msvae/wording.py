@@ -28,6 +28,30 @@ ABOUT = {
     "fused": "all of them: the decision",
 }
 
+EXTREMES = {  # what a high score says of an image, and what a low one says
+    "reconstruction": ("as badly rebuilt as the worst", "as well rebuilt as the best"),
+    "mahalanobis": ("as far from the latent mean as the farthest", "as near it as the nearest"),
+    "kl": ("as rich in the latents as the richest", "as empty in the latents as the emptiest"),
+    "elbo": ("as unlikely as the least likely", "as likely as the likeliest"),
+    "spread": ("as vague in the latents as the vaguest", "as definite as the most definite"),
+    "spatial": ("with parts as odd as the oddest", "with parts as usual as the most usual"),
+    "residual": ("rebuilt as unevenly as the worst", "rebuilt as evenly as the best"),
+    "structure": ("with structure as odd as the oddest", "as regular as the most regular"),
+    "inspection": ("as marked as the most marked", "as clean as the cleanest"),
+    "order": ("as hard to colour as the hardest", "as easy to colour as the easiest"),
+    "turn": ("as hard to set upright as the hardest", "as easy to set upright as the easiest"),
+    "neighbours": ("as unlike its neighbours as the loneliest", "as like them as the closest"),
+    "bands": ("with errors as unusual as the oddest", "with errors as usual as the most usual"),
+    "complexity": (
+        "with detail as unusual as the oddest",
+        "with detail as usual as the most usual",
+    ),
+    "typicality": ("as untypical as the least typical", "as typical as the most typical"),
+    "fused": ("as surprising as the most surprising", "as ordinary as the most ordinary"),
+    "detail": ("as busy as the busiest", "as blurred as the bluntest"),
+}
+OTHERWISE = ("as high as the highest", "as low as the lowest")
+
 GALLERIES = {
     "anomalous": ("Most anomalous", "The highest fused scores, highest first."),
     "borderline": ("Borderline", "Those nearest to where flagging begins, on either side."),
@@ -137,6 +161,17 @@ def tiles(s: Summary) -> list[tuple[str, str, str]]:
         detail = f"{wrong:,} / {s.normals:,}, asked {percent(s.target_fpr)}"
         out.append(("False alarms", percent(wrong / s.normals), detail))
     return [*out, *s.figures]
+
+
+def reading(name: str, p_high: float, p_low: float, n_conformal: int | None = None) -> str:
+    """What a score says of an image, by its two tails: "as blurred as the bluntest 0.4 % of …"."""
+    high, low = EXTREMES.get(name, OTHERWISE)
+    p = min(p_high, p_low)
+    if 2 * p > 0.2:
+        return f"ordinary: {percent(p_high)} of normal images reach it"
+    beyond = n_conformal and p * (n_conformal + 1) < 1.5
+    told = f"{high if p_high <= p_low else low} {percent(p)} of normal images"
+    return f"{told}, or beyond: outside all {n_conformal:,} kept aside" if beyond else told
 
 
 def in_words(p: float | None, n_conformal: int | None = None) -> str:
