@@ -21,3 +21,8 @@ def data_dir() -> Path:
 def one_thread() -> None:
     """Tests run side by side, one a core: more threads on tiny tensors only wait for each other."""
     torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The notebook takes longest: it begins first, so that nobody waits for it at the end."""
+    items.sort(key=lambda item: item.path.name != "test_notebook.py")

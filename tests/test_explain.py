@@ -480,6 +480,11 @@ def test_the_json_holds_all_numbers(explained):
         assert [n["image"] for n in told["nearest"]] == [n.name for n in e.nearest]
 
 
+def test_a_console_shows_the_verdict_in_one_line(explained):
+    """Not the pixels."""
+    assert re.fullmatch(r"<Explanation of .*: (flagged|passed), p = \S+>", repr(explained[0]))
+
+
 def test_a_notebook_shows_it_without_a_network(detector, images, tmp_path):
     """One piece of HTML: pictures inside, each with a text; odd file names do no harm."""
     path = tmp_path / "<b>&.png"

@@ -6,13 +6,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.ndimage import gaussian_filter
-from scipy.stats import multivariate_normal
+from scipy.stats import multivariate_normal, norm
 from skimage.transform import resize
 from torch.nn import functional as F
 
 from msvae import maps
 from msvae.evidence import Evidence
-from msvae.maps import SHRINKAGES, Moments, ResidualMap, SpatialMap
+from msvae.maps import SHRINKAGES, Moments, Rarity, ResidualMap, SpatialMap
 from msvae.scorer import at_size
 
 
@@ -317,3 +317,26 @@ def test_maps_are_differentiable():
     feature = seen.features[0].clone().requires_grad_()
     ours(seen._replace(features=(feature, *seen.features[1:]))).sum().backward()
     assert F.l1_loss(feature.grad, torch.zeros_like(feature)) > 0
+
+
+def test_rarity_is_minus_the_log_of_the_share_that_reaches_a_value():
+    """Between the knots as scipy says; beyond the last the tail goes on in a straight line."""
+    gen = torch.Generator().manual_seed(0)
+    values = torch.stack([torch.randn(200_000, generator=gen), torch.rand(200_000, generator=gen)])
+    rarity = Rarity.fit(values.T)
+    line = torch.linspace(-3, 3, 61)
+    told = rarity(torch.stack([line, line.sigmoid()])[:, None])[:, 0]
+    np.testing.assert_allclose(told[0], -norm.logsf(line.numpy()), atol=0.12)
+    np.testing.assert_allclose(told[1], -np.log1p(-line.sigmoid().numpy()), atol=0.05)
+    far = rarity(torch.tensor([[4.0, 6.0, 8.0, 80.0]] * 2)[:, None])[0, 0]
+    assert (far.diff() > 1).all()
+    assert far[2] - far[1] == pytest.approx(float(far[1] - far[0]), rel=1e-3)
+
+
+def test_a_constant_map_is_never_rare():
+    """A map without its network is zero everywhere and says nothing, whatever comes later."""
+    values = torch.zeros(500, 2)
+    values[:, 1] = torch.arange(500)
+    told = Rarity.fit(values)(torch.full((2, 1, 2, 2), 400.0))
+    assert not told[0].any()
+    np.testing.assert_allclose(told[1], -np.log(0.2), atol=0.02)

@@ -1,5 +1,6 @@
 """Pixel figures agree with scikit-learn, and AUPRO with a slow walk over all thresholds."""
 
+import tracemalloc
 from itertools import pairwise
 
 import numpy as np
@@ -153,3 +154,31 @@ def test_many_pixels_differ_by_less_than_a_thousandth(side):
     assert got.average_precision == pytest.approx(expected, abs=1e-3)
     assert got.f1_max == pytest.approx(best_f1(truth, values), abs=1e-3)
     assert got.aupro == pytest.approx(fast_aupro(maps, masks, 0.3), abs=1e-3)
+
+
+class Endless:
+    """Maps or masks that are made when asked for: 400 of 256 x 256, 26 megapixels."""
+
+    def __init__(self, masks):
+        self.masks = masks
+
+    def __len__(self):
+        return 400
+
+    def __getitem__(self, i):
+        if i >= len(self):
+            raise IndexError
+        rng = np.random.default_rng(i)
+        mask = np.zeros((256, 256), dtype=bool)
+        mask[40:60, 80:100] = i % 2
+        return mask if self.masks else (rng.random((256, 256)) + mask).astype(np.float32)
+
+
+def test_memory_does_not_grow_with_the_maps():
+    """What is held at once is a few maps, not the 100 megabytes of all of them."""
+    tracemalloc.start()
+    found = pixel_metrics(Endless(masks=False), Endless(masks=True))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert found.auroc > 0.999
+    assert peak < 30e6

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from scipy.ndimage import gaussian_filter
 from scipy.spatial.distance import cosine
 from scipy.spatial.distance import mahalanobis as scipy_mahalanobis
 from scipy.stats import norm
@@ -363,6 +364,18 @@ def test_map_scores_are_those_of_the_oddest_places(setting, e, found):
         assert maps[name].shape == (N_HELD, 32, 32)
         highest = np.sort(maps[name].numpy().reshape(N_HELD, -1))[:, -round(0.05 * 32 * 32) :]
         close(found["held"][name], highest.mean(axis=1), rtol=1e-5)
+
+
+def test_the_fused_map_by_hand(setting, e):
+    """Squared weights of the fusion times how rare each map's values are, blurred by half a pixel."""
+    scorer = setting.scorer
+    with torch.inference_mode():
+        maps = scorer.maps(e)
+    rare = scorer.rarity(torch.stack([maps[k] for k in PLACES])).numpy()
+    share = scorer.fusion.weights[: len(PLACES)].numpy() ** 2
+    total = (rare * share[:, None, None, None]).sum(axis=0)
+    wanted = [gaussian_filter(m, 0.5, mode="mirror", radius=2) for m in total]
+    close(maps["fused"], wanted, rtol=1e-3, atol=1e-3)
 
 
 def log_energies(image):

@@ -151,7 +151,7 @@ def test_metrics_of_a_folder_have_the_documented_keys(judged):
     """Those of the protocol, and no others."""
     m = judged.metrics
     keys = {"evaluation", "version", "n", "image_size", "scores", "maps", "false_alarm", "seconds"}
-    assert set(m) == keys
+    assert set(m) == keys | {"explanations"}
     assert (m["evaluation"], m["version"], m["image_size"]) == ("part", 1, 32)
     assert m["n"] == {"normal": 15, "anomalous": 10, "masks": 9}
     assert set(m["seconds"]) == {"fit", "score"}
@@ -397,7 +397,8 @@ def test_the_benchmark_has_the_documented_keys(bench):
     assert json.loads(json.dumps(bench.result)) == m
     for name, block in m["protocols"].items():
         assert set(block) == {
-            *["n", "image_size", "seconds", "images_per_second", "false_alarm", "scores"]
+            *["n", "image_size", "seconds", "images_per_second", "false_alarm", "scores"],
+            "explanations",
         }
         assert block["image_size"] == PROTOCOLS[name]
         for key in ("seconds", "images_per_second"):

@@ -22,6 +22,7 @@ from msvae.data.split import number_gap_groups, text_sha256
 from msvae.detector import Detector, Pixels, Scan
 from msvae.errors import DataError
 from msvae.evaluate import Evaluation, evaluate
+from msvae.faithfulness import chosen, faithfulness
 from msvae.fitting import Part, Parts, batches, check_free, fit, fit_parts
 from msvae.progress import Progress
 from msvae.table import ScoreTable
@@ -160,7 +161,9 @@ def measure(
         image_size=detector.config.model.image_size,
         seconds=seconds,
     )
-    return evaluation, Scan(table, ())
+    rows = chosen(np.ones(len(data.test_anomalous.pixels), dtype=np.int64))
+    tested = faithfulness(detector, data.test_anomalous.pixels[rows], progress=progress)
+    return replace(evaluation, explanations=tested), Scan(table, ())
 
 
 def _labelled(

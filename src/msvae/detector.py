@@ -21,6 +21,7 @@ from msvae.config import Config, from_dict
 from msvae.data.images import Source, load_image, name_of
 from msvae.errors import DataError, ImageError, RunError
 from msvae.explanation import Explanation
+from msvae.files import Spool
 from msvae.model import VAE
 from msvae.progress import Progress, Silent
 from msvae.references import References
@@ -246,11 +247,11 @@ def run(
 ) -> tuple[dict[str, NDArray[np.float64]], Maps]:
     """Every score (N,), and every map (N, H, W) if asked for, of batches of pixels (B, S, S, 3).
 
-    `each` is called with the maps of each batch.
+    The maps lie on disk, memory-mapped. `each` is called with the maps of each batch.
     """
     device = next(model.parameters()).device
     scores: dict[str, list[NDArray[np.float64]]] = {}
-    maps: dict[str, list[NDArray[np.float32]]] = {}
+    maps: dict[str, Spool] = {}
     for pixels in batches:
         e = model.evidence(to_batch(pixels, device))
         found = scorer.maps(e)
@@ -261,11 +262,13 @@ def run(
         arrays = {name: value.cpu().numpy() for name, value in found.items()}
         if each is not None:
             each(arrays)
-        for name, array in arrays.items() if with_maps else ():
-            maps.setdefault(name, []).append(array)
+        if with_maps:
+            maps = maps or {name: Spool() for name in arrays}
+            for name, array in arrays.items():
+                maps[name].add(array)
     return (
         {name: np.concatenate(parts) for name, parts in scores.items()},
-        {name: np.concatenate(parts) for name, parts in maps.items()},
+        {name: spool.array() for name, spool in maps.items()},
     )
 
 

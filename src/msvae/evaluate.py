@@ -26,6 +26,7 @@ class Evaluation:
     false_alarm: dict[str, Any]
     seconds: dict[str, float]
     maps: dict[str, dict[str, float]] | None = None
+    explanations: dict[str, dict[str, float]] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The form of a folder evaluation."""
@@ -41,7 +42,8 @@ class Evaluation:
             "false_alarm": self.false_alarm,
             "seconds": self.seconds,
         }
-        return out if self.maps is None else out | {"maps": self.maps}
+        more = {"maps": self.maps, "explanations": self.explanations}
+        return out | {key: block for key, block in more.items() if block is not None}
 
 
 def evaluate(

@@ -21,7 +21,7 @@ UNITS = {
     "spatial": "standard deviations",
     "structure": "standard deviations",
     "inspection": "log-odds",
-    "fused": "standard deviations",
+    "fused": "nats",
 }
 SIDE = 360  # px of one view at most
 SHOWN = ("residual", "spatial", "structure", "inspection", "fused", "gradcam_fused")
@@ -46,7 +46,7 @@ class Region:
 
     box: tuple[int, int, int, int]  # left, top, right, bottom; px of the image, right/bottom beyond
     area: int  # px of the image
-    peak: float  # of the fused map, standard deviations
+    peak: float  # of the fused map, nats
     p: float  # family-wise p-value of the peak
 
 
@@ -59,7 +59,7 @@ class Nearest:
     thumbnail: Pixels
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Explanation:
     """All that speaks for the decision on one image; shows itself in a notebook."""
 
@@ -117,6 +117,9 @@ class Explanation:
             "nearest": [{"image": n.name, "distance": n.distance} for n in self.nearest],
             "notes": list(self.notes),
         }
+
+    def __repr__(self) -> str:
+        return f"<Explanation of {tail(self.name)}: {verdict(self)}>"
 
     def _repr_html_(self) -> str:
         return html(self)
@@ -224,7 +227,7 @@ def _words(axes: Any, e: Explanation) -> None:
     for r in e.regions[:4]:
         left, top, right, bottom = r.box
         lines.append(
-            f"region {left},{top}–{right},{bottom}: peak {r.peak:.1f} sd, p {number(r.p, 4)}"
+            f"region {left},{top}–{right},{bottom}: peak {r.peak:.1f} nats, p {number(r.p, 4)}"
         )
     if len(e.regions) > 4:
         lines.append(f"and {len(e.regions) - 4} smaller regions")

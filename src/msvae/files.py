@@ -6,11 +6,16 @@ import io
 import json
 import os
 import secrets
+import tempfile
+import weakref
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from msvae.errors import OutputError
 
@@ -124,6 +129,33 @@ def read_rows(path: Path) -> list[dict[str, str]]:
         return []
     with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
         return list(csv.DictReader(file))
+
+
+class Spool:
+    """Arrays (B, …) of one shape and type put one after the other on disk, so that no memory grows.
+
+    The file lies in the temporary folder without a name: it is gone with the array.
+    """
+
+    def __init__(self) -> None:
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115 - lives until `array`
+        weakref.finalize(self, self._file.close)  # also when the work in between fails
+        self._count, self._like = 0, np.empty((0,), dtype=np.uint8)
+
+    def add(self, batch: NDArray[Any]) -> None:
+        """Put a batch behind the others; `OutputError` when the disk is full."""
+        with _told(Path(tempfile.gettempdir())):
+            self._file.write(np.ascontiguousarray(batch).data)
+            self._file.flush()
+        self._count, self._like = self._count + len(batch), batch[:0]
+
+    def array(self) -> NDArray[Any]:
+        """All of them, (N, …), memory-mapped; nothing can be added afterwards."""
+        with self._file as file:
+            shape = (self._count, *self._like.shape[1:])
+            if 0 in shape:
+                return np.zeros(shape, self._like.dtype)
+            return np.memmap(file, dtype=self._like.dtype, mode="r+", shape=shape)
 
 
 def unique_stems(paths: Sequence[str]) -> dict[str, str]:

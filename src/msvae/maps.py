@@ -5,6 +5,7 @@ distances from what normal images show at the same place.
 """
 
 from dataclasses import dataclass
+from math import log
 
 import torch
 from torch import Tensor
@@ -15,6 +16,9 @@ from msvae.evidence import Evidence
 SPATIAL_CHANNELS = 64
 SHRINKAGES = (0.02, 0.1, 0.3, 0.6, 0.95)
 FLOOR = 1e-8
+RARITY_KNOTS = 65
+RARITY_STEP = log(1000) / (RARITY_KNOTS - 1)  # nats from knot to knot: the last is 1 place in 1000
+RARITY_BEND = round(log(50) / RARITY_STEP)  # the knot that 1 place in 50 reaches
 ODDEST = 0.05  # share of the places that make a map's score
 
 
@@ -59,6 +63,39 @@ def enlarge(maps: Tensor, side: int) -> Tensor:
     """Maps (B, h, w) at S x S pixels, bilinear."""
     size = (side, side)
     return F.interpolate(maps[:, None], size=size, mode="bilinear", align_corners=False)[:, 0]
+
+
+@dataclass(frozen=True)
+class Rarity:
+    """How rare a value is among the places of normal images: -log of the share that reach it, nats.
+
+    So maps of different units can be added. Linear between knots, and beyond the last of them with
+    the slope of the upper 2 % (an exponential tail).
+    """
+
+    knots: Tensor  # (K, Q) of K maps: the values that a share exp(-j `RARITY_STEP`) reaches
+
+    @classmethod
+    def fit(cls, values: Tensor) -> "Rarity":
+        """From values (N, K) of maps at places of normal images."""
+        reached = torch.arange(RARITY_KNOTS, dtype=torch.float64).mul(-RARITY_STEP).exp()
+        ordered = values.double().sort(dim=0).values
+        at = ((1 - reached) * (len(ordered) - 1)).round().long()
+        return cls(ordered[at].T.float().contiguous())
+
+    def __call__(self, found: Tensor) -> Tensor:
+        """(K, B, H, W) -> the same; 0 for a map that is constant on normal images."""
+        knots, last = self.knots.to(found.device), self.knots.shape[1] - 1
+        flat = found.flatten(1).contiguous()
+        at = torch.searchsorted(knots, flat).clamp(1, last)
+        low, high = knots.gather(1, at - 1), knots.gather(1, at)
+        between = ((flat - low) / (high - low).clamp_min(1e-12)).clamp(0, 1)
+        top, bend = knots[:, -1:], knots[:, RARITY_BEND][:, None]
+        run = torch.maximum(top - bend, 0.01 * (top - knots[:, :1])).clamp_min(1e-12)
+        beyond = (flat - top).clamp_min(0) / run * (last - RARITY_BEND)
+        told = (at - 1 + between + beyond) * RARITY_STEP
+        varies = (top > knots[:, :1]).to(told.dtype)
+        return (told * varies).view_as(found)
 
 
 def left_out(distance: Tensor, n: int, share: float = 1.0) -> Tensor:

@@ -22,7 +22,7 @@ from msvae.explanation import SHOWN, TITLES, Explanation, scale_of, signed
 from msvae.gallery import Gallery, Item, MapView, ScoreLine, choose
 from msvae.operating import Operating
 from msvae.progress import Progress, Silent
-from msvae.report import Ablation, Figure, Published, Report, maps_table
+from msvae.report import Ablation, Figure, Published, Report, Table, explanations_table, maps_table
 from msvae.table import ScoreTable
 from msvae.wording import ABOUT, GALLERIES, Summary
 from msvae.workflow import history_of
@@ -72,7 +72,7 @@ def run_page(run: Path, evaluation: Path, progress: Progress) -> Report:
         thresholds=() if table is None else (_operating(table, detector),),
         ablation=ablation,
         galleries=(*galleries, *_unusual(detector, progress)),
-        tables=(maps_table(judged["maps"]),) if judged.get("maps") else (),
+        tables=_tables(judged),
         figures=tuple(_figures(table, detector, history)),
         unreadable=tuple(refused),
         facts=_facts(run, detector),
@@ -116,9 +116,21 @@ def benchmark_page(out: Path, found: Mapping[str, Any], progress: Progress) -> R
             notes=tuple(notes),
         ),
         galleries=tuple(galleries),
+        tables=tuple(
+            replace(table, title=f"{name}: {table.title}")
+            for name in protocols
+            for table in _tables(found["protocols"][name])
+        ),
         figures=tuple(drawn),
         facts=_facts(out / protocols[0], load(out / protocols[0])),
     )
+
+
+def _tables(block: Mapping[str, Any]) -> tuple[Table, ...]:
+    """What the maps reach, where it was measured."""
+    maps = (maps_table(block["maps"]),) if block.get("maps") else ()
+    tested = block.get("explanations")
+    return (*maps, explanations_table(tested)) if tested else maps
 
 
 def table_page(path: Path, run: Path | None, progress: Progress) -> Report:
@@ -342,8 +354,8 @@ def _map_view(name: str, e: Explanation) -> MapView:
 
 def _region_notes(e: Explanation) -> list[str]:
     return [
-        f"Region {r.box[0]},{r.box[1]} to {r.box[2]},{r.box[3]} px: peak {r.peak:.1f} standard "
-        f"deviations, family-wise p {r.p:.3g}"
+        f"Region {r.box[0]},{r.box[1]} to {r.box[2]},{r.box[3]} px: peak {r.peak:.1f} "
+        f"nats, family-wise p {r.p:.3g}"
         for r in e.regions[:5]
     ]
 

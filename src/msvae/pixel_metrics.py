@@ -70,13 +70,14 @@ def pixel_metrics(maps: Sequence[Map], masks: Sequence[Mask], max_fpr: float = 0
 def _levels(maps: Sequence[Map], masks: Sequence[Mask]) -> NDArray[np.float32]:
     """Level boundaries: all distinct values where they are few, otherwise quantiles, more on top."""
     step = max(1, sum(m.size for m in maps) // SAMPLE)
-    sample = np.concatenate([m.ravel()[i % step :: step] for i, m in enumerate(maps)])
+    # copies: a view would keep its whole map
+    sample = np.concatenate([m.ravel()[i % step :: step].copy() for i, m in enumerate(maps)])
     peaks = np.array([m.max() for m in maps], dtype=sample.dtype)
     ordered = np.unique(np.concatenate([sample, peaks]))
     if step == 1 and len(ordered) <= BINS:
         return ordered
     every = max(1, sum(int(m.sum()) for m in masks) // SAMPLE)
-    found = np.concatenate([v[m][::every] for v, m in zip(maps, masks, strict=True)])
+    found = np.concatenate([v[m][::every].copy() for v, m in zip(maps, masks, strict=True)])
     return np.unique(
         np.concatenate([_spaced(ordered, BINS // 2), _spaced(np.unique(found), BINS // 2)])
     )

@@ -136,6 +136,24 @@ MAP_COLUMNS = {
     "f1_max": "F1-max (oracle)",
     "aupro": "AUPRO@0.3",
 }
+EXPLANATION_COLUMNS = {
+    "peak_inside": "Peak in the defect",
+    "deletion_fused_win_rate": "Fused falls further",
+    "deletion_fused_median": "Fused falls by",
+    "deletion_fused_median_moved": "Moved: by",
+    "deletion_spatial_win_rate": "Spatial falls further",
+    "deletion_spatial_median": "Spatial falls by",
+    "deletion_spatial_median_moved": "Moved: by",
+    "random_weights": "Alike with random weights",
+}
+EXPLANATIONS_ABOUT = (
+    "Deletion: the tenth of the pixels where a map is highest is replaced by the reconstruction. "
+    "How often that makes a score fall further than the same pixels moved to a random place do, "
+    "and by what median share of it, here and there. Random weights: the rank correlation with "
+    "the map of a network that learned nothing, near 0 where a map shows what was learned; "
+    "`structure` reads the picture alone, so its is 1. Where the VAE rebuilds textures too "
+    "smoothly, the replaced patch is itself unusual and the fused score rises. Anomalous images:"
+)
 MAPS_ABOUT = (
     "How well each map points at the true defects, pixel by pixel: 1 is perfect, and an AUROC of "
     "0.5 is guessing. AUPRO counts small defects as much as large ones. F1-max takes its "
@@ -150,6 +168,16 @@ def maps_table(maps: Mapping[str, Mapping[str, float]], **more: Any) -> Table:
     columns = tuple(MAP_COLUMNS.get(k, k.replace("_", " ").capitalize()) for k in keys)
     rows = {name: tuple(figures.get(k) for k in keys) for name, figures in maps.items()}
     words = {"title": "Where in the picture", "about": MAPS_ABOUT}
+    return Table(**{**words, "columns": columns, "rows": rows, **more})
+
+
+def explanations_table(kinds: Mapping[str, Mapping[str, float]], **more: Any) -> Table:
+    """The `explanations` block of a metrics.json as a table."""
+    keys = [k for k in EXPLANATION_COLUMNS if any(k in figures for figures in kinds.values())]
+    columns = tuple(EXPLANATION_COLUMNS[k] for k in keys)
+    rows = {name: tuple(figures.get(k) for k in keys) for name, figures in kinds.items()}
+    count = max((int(figures.get("images", 0)) for figures in kinds.values()), default=0)
+    words = {"title": "Do the maps explain?", "about": f"{EXPLANATIONS_ABOUT} {count} images."}
     return Table(**{**words, "columns": columns, "rows": rows, **more})
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from msvae import maps, scores
 from msvae.evidence import Evidence
 from msvae.fusion import Fusion, TwoSided
-from msvae.maps import Moments, ResidualMap, SpatialMap
+from msvae.maps import Moments, Rarity, ResidualMap, SpatialMap
 from msvae.model import ORDERS, TURNS, VAE
 from msvae.scores import Mahalanobis, Neighbours
 from msvae.structure import StructureMap, local_statistics
@@ -24,6 +24,7 @@ Batches = Callable[[], Iterable[Tensor]]  # each call goes over the training ima
 
 # What the fusion adds up: a two-sided density of the VAE's statistics, and scores with a direction.
 PLACES = ("residual", "spatial", "structure", "inspection")  # maps: their oddest places
+SAMPLED = 128  # places of each training image that tell what values its maps have
 EXPERTS = (*PLACES, "typicality", "order", "turn", "neighbours")
 
 
@@ -40,7 +41,7 @@ class Scorer:
     residual: ResidualMap
     spatial: SpatialMap
     structure: StructureMap
-    map_scale: Tensor  # (4, 2) mean and deviation of each of `PLACES` on normal images
+    rarity: Rarity  # of the values of each of `PLACES`
     bands: TwoSided
     complexity: TwoSided
     typicality: TwoSided
@@ -48,10 +49,9 @@ class Scorer:
 
     def on(self, device: torch.device) -> "Scorer":
         """A copy whose image-sized parts live on `device`; the fusion stays on the CPU, in double."""
-        parts = ("mahalanobis", "neighbours", "residual", "spatial", "structure")
+        parts = ("mahalanobis", "neighbours", "residual", "spatial", "structure", "rarity")
         moved = {name: to_device(getattr(self, name), device) for name in parts}
-        scale, variance = self.map_scale.to(device), self.variance.to(device)
-        return replace(self, **moved, map_scale=scale, variance=variance)
+        return replace(self, **moved, variance=self.variance.to(device))
 
     def statistics(self, e: Evidence, distance: Tensor) -> Tensor:
         """All statistics beside each other, (B, 21), on the CPU in double precision."""
@@ -69,7 +69,16 @@ class Scorer:
             "inspection": maps.inspection(e),
         }
         together = torch.stack([found[k] for k in PLACES])
-        return {**found, "fused": fused(together, self.map_scale)}
+        return {**found, "fused": self.fused_map(together)}
+
+    def fused_map(self, found: Tensor) -> Tensor:
+        """Σ w² r of the maps (4, B, S, S), r how rare their values are, (B, S, S), nats.
+
+        w as in the fusion: little where the training images do not tell what is ordinary.
+        """
+        share = self.fusion.weights[: len(PLACES)].square().to(found)
+        told = (self.rarity(found) * share[:, None, None, None]).sum(dim=0)
+        return maps.smooth(told, max(found.shape[-1] / 64, 0.5))
 
     def __call__(self, e: Evidence, found: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
         """Every score, (B,) each, on the CPU in double precision; `fused` last.
@@ -126,7 +135,7 @@ def learn(model: VAE, batches: Batches, held: Batches, *, alpha: float, beta: fl
     residual = to_device(ResidualMap.fit(first.residual), device)
     spatial = to_device(SpatialMap.fit(first.local, first.mix), device)
     structure = to_device(StructureMap.fit(first["structure"]), device)
-    places, map_scale = _measure_maps(model, batches, residual, spatial, structure)
+    places, rarity = _measure_maps(model, batches, residual, spatial, structure)
     typicality = TwoSided.fit(statistics)
     experts = {
         "typicality": typicality.left_out(statistics),
@@ -145,7 +154,7 @@ def learn(model: VAE, batches: Batches, held: Batches, *, alpha: float, beta: fl
         residual=residual,
         spatial=spatial,
         structure=structure,
-        map_scale=map_scale,
+        rarity=rarity,
         bands=TwoSided.fit(statistics[:, RESIDUAL], components=1),
         complexity=TwoSided.fit(statistics[:, INPUT], components=1),
         typicality=typicality,
@@ -216,10 +225,11 @@ def _measure_maps(
     residual: ResidualMap,
     spatial: SpatialMap,
     structure: StructureMap,
-) -> tuple[dict[str, Tensor], Tensor]:
-    """Scores (N,) of the fitted maps on the training images, and each map's mean and deviation."""
+) -> tuple[dict[str, Tensor], Rarity]:
+    """Scores (N,) of the fitted maps on the training images, and how rare their values are."""
     told: list[Tensor] = []
-    sums = torch.zeros(len(PLACES), 3, dtype=torch.float64)
+    values: list[Tensor] = []
+    gen = torch.Generator().manual_seed(0)
     for x in batches():
         e, side = model.inspected(x), x.shape[-1]
         found = {
@@ -230,19 +240,10 @@ def _measure_maps(
         }
         together = torch.stack([found[k] for k in PLACES])
         told.append(torch.stack([maps.oddest(m) for m in together], dim=1).cpu())
-        d = together.flatten(1).double().cpu()
-        count = torch.full((len(d),), float(d.shape[1]), dtype=torch.float64)
-        sums += torch.stack([count, d.sum(dim=1), d.square().sum(dim=1)], dim=1)
-    mean = sums[:, 1] / sums[:, 0]
-    deviation = (sums[:, 2] / sums[:, 0] - mean.square()).clamp_min(1e-12).sqrt()
-    scale = torch.stack([mean, deviation], dim=1).float()
-    return dict(zip(PLACES, torch.cat(told).T, strict=True)), scale
-
-
-def fused(found: Tensor, scale: Tensor) -> Tensor:
-    """Mean of the maps (4, B, H, W), each in its standard deviations on normal images, (B, H, W)."""
-    mean, deviation = scale.to(found.device).T[:, :, None, None, None]
-    return ((found - mean) / deviation).mean(dim=0)
+        at = torch.randint(0, side * side, (len(x), SAMPLED), generator=gen).to(x.device)
+        drawn = together.flatten(2).gather(2, at.expand(len(PLACES), -1, -1))
+        values.append(drawn.flatten(1).T.cpu())
+    return dict(zip(PLACES, torch.cat(told).T, strict=True)), Rarity.fit(torch.cat(values))
 
 
 def at_size(coarse: Tensor, side: int) -> Tensor:

@@ -14,12 +14,13 @@ from msvae import config as settings
 from msvae import explanation, figures, files, metrics, pictures
 from msvae.calibration import Calibration, Decision, rank
 from msvae.data.folder import Sample, find_labelled
-from msvae.data.images import digest, image_size, load_mask, open_image, squared
+from msvae.data.images import digest, image_size, load_image, load_mask, open_image, squared
 from msvae.data.split import check_disjoint
 from msvae.data.textures import write_demo
 from msvae.detector import Detector, EachMap, Maps, Scan
 from msvae.errors import ConfigError, DataError, ImageError
 from msvae.evaluate import Evaluation, evaluate
+from msvae.faithfulness import chosen, faithfulness
 from msvae.fitting import fit
 from msvae.progress import Progress, Silent
 from msvae.table import ScoreTable, write_quarantine
@@ -50,7 +51,8 @@ def evaluate_samples(
 ) -> Evaluated:
     """Score labelled images; write `metrics.json`, `scores.csv`, `quarantine.csv` and the figures."""
     began = time.perf_counter()
-    scan = detector.scan([s.path for s in samples], with_maps=True, progress=progress or Silent())
+    progress, masked = progress or Silent(), any(s.mask for s in samples)
+    scan = detector.scan([s.path for s in samples], with_maps=masked, progress=progress)
     spent = {**(seconds or {}), "score": time.perf_counter() - began}
     by_path = {str(s.path): s for s in samples}
     kept = [by_path[p] for p in scan.table.paths]
@@ -71,9 +73,25 @@ def evaluate_samples(
         image_size=detector.config.model.image_size,
         seconds=spent,
     )
+    tested = tested_maps(detector, kept, masks, progress)
+    evaluation = replace(evaluation, explanations=tested)
     scan = replace(scan, table=table)
     write_evaluation(out, evaluation.to_json(), scan, history)
     return Evaluated(evaluation, scan, masks)
+
+
+def tested_maps(
+    detector: Detector,
+    samples: Sequence[Sample],
+    masks: NDArray[np.bool_] | None,
+    progress: Progress,
+) -> dict[str, dict[str, float]]:
+    """Do the maps explain? On an even choice of the anomalous images."""
+    c = detector.config.model
+    rows = chosen(np.array([s.label for s in samples], dtype=np.int64))
+    pixels = np.stack([load_image(samples[i].path, c.image_size, c.resize) for i in rows])
+    held = None if masks is None else masks[rows]
+    return faithfulness(detector, pixels, held, progress=progress)
 
 
 def write_evaluation(
@@ -104,8 +122,10 @@ def masks_of(samples: Sequence[Sample], size: int, resize: Any) -> NDArray[np.bo
     """The masks at the model's resolution, (N, H, W), empty for images without; None if none has."""
     if not any(s.mask for s in samples):
         return None
-    empty = np.zeros((size, size), dtype=bool)
-    return np.stack([_mask(s, size, resize) if s.mask else empty for s in samples])
+    empty, spool = np.zeros((1, size, size), dtype=bool), files.Spool()
+    for s in samples:
+        spool.add(_mask(s, size, resize)[None] if s.mask else empty)
+    return spool.array()
 
 
 def _mask(sample: Sample, size: int, resize: Any) -> NDArray[np.bool_]:
