@@ -197,7 +197,7 @@ def test_gradcam_by_hand(detector, images, name):
     x = to_batch(np.stack(images), detector.device)
     with torch.no_grad():
         evidence = model.evidence(x)
-    cam = gradcams(replace(detector, model=model), x, evidence)[name]
+    cam = gradcams(replace(detector, model=model), x, evidence)[f"gradcam_{name}"]
     features = [f.detach() for f in evidence.features]
     top = features[-1].requires_grad_()
     mu, logvar = model.posterior(top)
@@ -215,6 +215,14 @@ def test_gradcam_by_hand(detector, images, name):
     coarse = (weights * top).sum(dim=1, keepdim=True).detach()
     expected = F.interpolate(coarse, size=(SIDE, SIDE), mode="bilinear")[:, 0]
     assert top.shape[-1] == SIDE // 4
+    if name == "fused":
+        each = (gradient * top).sum(dim=1, keepdim=True).detach()
+        cam = torch.cat(
+            [cam, gradcams(replace(detector, model=model), x, evidence)["hirescam_fused"]]
+        )
+        expected = torch.cat(
+            [expected, F.interpolate(each, size=(SIDE, SIDE), mode="bilinear")[:, 0]]
+        )
     for found, right in zip(cam, expected, strict=True):
         scale = right.abs().max()
         torch.testing.assert_close(found / scale, right / scale, atol=1e-3, rtol=0)
@@ -223,7 +231,7 @@ def test_gradcam_by_hand(detector, images, name):
 @pytest.mark.parametrize("name", CAM_SCORES)
 def test_gradcams_are_signed_maps(cams, images, name):
     """Of every score, at the model's size, finite, above and below 0."""
-    cam = cams[name]
+    cam = cams[f"gradcam_{name}"]
     assert cam.shape == (len(images), SIDE, SIDE)
     assert cam.isfinite().all()
     assert cam.min() < 0 < cam.max()
@@ -241,10 +249,10 @@ def test_gradcam_needs_the_learned_weights(detector, images, cams, name):
     x = to_batch(np.stack(images), detector.device)
     with torch.no_grad():
         e = model.evidence(x)
-    others = gradcams(replace(detector, model=model), x, e)[name]
+    others = gradcams(replace(detector, model=model), x, e)[f"gradcam_{name}"]
     agreement = [
         stats.spearmanr(a.flatten().numpy(), b.flatten().numpy()).statistic
-        for a, b in zip(cams[name], others, strict=True)
+        for a, b in zip(cams[f"gradcam_{name}"], others, strict=True)
     ]
     assert np.nanmedian(agreement) < 0.8
 
@@ -252,7 +260,7 @@ def test_gradcam_needs_the_learned_weights(detector, images, cams, name):
 def test_gradcam_can_be_left_out(detector, images):
     """Without it the rest is the same; nothing needs gradients then."""
     e = detector.explain(images[0], gradcam=False)
-    assert not [k for k in e.model_maps if k.startswith("gradcam")]
+    assert not [k for k in e.model_maps if "cam_" in k]
     assert {"reconstruction", "difference", "residual", "spatial", "fused"} <= set(e.model_maps)
 
 

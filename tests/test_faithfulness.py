@@ -100,7 +100,7 @@ def test_the_peak_is_inside_or_not(detector, spoilt, figures):
 def test_a_map_that_ignores_the_network_is_the_same_with_random_weights(figures):
     """So is that of the structure; those that read features change."""
     assert figures["structure"]["random_weights"] == pytest.approx(1)
-    for kind in ("spatial", "gradcam_fused", "gradcam_mahalanobis"):
+    for kind in ("spatial", "gradcam_fused", "hirescam_fused"):
         assert figures[kind]["random_weights"] < 0.9
 
 

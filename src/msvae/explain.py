@@ -30,7 +30,7 @@ from msvae.wording import reading
 
 BATCH = 32
 FAMILY_WISE = 0.01  # P(any pixel of a normal image reaches the level)
-CAM_SCORES = ("fused", "mahalanobis", "reconstruction", "kl")
+CAM_SCORES = ("mahalanobis", "reconstruction", "kl", "fused")
 NEAREST = 4
 
 
@@ -111,7 +111,7 @@ def _explain_batch(
         shares = shapley(detector.scorer, e, told)
         detail = fine_detail(detector.scorer, e)
     if gradcam:
-        found |= {f"gradcam_{k}": v for k, v in gradcams(detector, x, e).items()}
+        found |= gradcams(detector, x, e)
     arrays = {k: v.cpu().numpy().astype(np.float32) for k, v in found.items()}
     drawn = (e.recon.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
     table = detector.table([name for name, _, _ in read], values)
@@ -223,28 +223,41 @@ def regions(
 
 
 def gradcams(detector: Explainable, x: Tensor, e: Evidence) -> dict[str, Tensor]:
-    """Grad-CAM of each score in `CAM_SCORES` for images (B, 3, S, S), (B, S, S), signed.
+    """Grad-CAM of each score in `CAM_SCORES` for images (B, 3, S, S), (B, S, S) each, signed.
 
-    Σ_k w_k A_k of the coarsest encoder map of at least an eighth of the side, w_k the mean
+    Σ_k w_k A_k of the coarsest encoder map of at least a quarter of the side, w_k the mean
     gradient of the *score* by the channel (Selvaraju et al. 2017, eq. 1 and 2, without the
-    rectifier): above 0 where the evidence raises the score. The companion and the inspector have
-    encoders of their own: what they say is held fixed.
+    rectifier): above 0 where the evidence raises the score. `hirescam_fused` has the gradient at
+    the place itself in place of w_k (HiResCAM, Draelos & Carin 2020): what a place does, not what
+    its channels do on average. The companion and the inspector have encoders of their own: what
+    they say is held fixed.
     """
-    from captum.attr import LayerGradCam
+    from captum.attr import LayerGradCam, LayerGradientXActivation
 
     scorer, model = detector.scorer, detector.model
-    stage = max(1, sum(f.shape[-1] >= x.shape[-1] // 8 for f in e.features)) - 1
+    stage = max(1, sum(f.shape[-1] >= x.shape[-1] // 4 for f in e.features)) - 1
     out = {}
     for name in CAM_SCORES:
-        score = _differentiable(scorer, name, e)
-        cam = LayerGradCam(lambda inputs, f=score: f(model(inputs)), model.stages[stage])
+        told = _differentiable(scorer, name, e)
+
+        def score(inputs: Tensor, told: Callable[[Evidence], Tensor] = told) -> Tensor:
+            return told(model(inputs))
+
         # captum forwards the whole batch; a score of an image depends on that image alone
-        given = cam.attribute(x.detach(), relu_attributions=False)
-        if isinstance(given, tuple):
-            given = given[0]
-        side = x.shape[-1]
-        out[name] = F.interpolate(given, (side, side), mode="bilinear", align_corners=False)[:, 0]
-    return {k: v.detach() for k, v in out.items()}
+        cam = LayerGradCam(score, model.stages[stage])
+        out[f"gradcam_{name}"] = _only(cam.attribute(x.detach(), relu_attributions=False))
+        if name == "fused":
+            each = LayerGradientXActivation(score, model.stages[stage])
+            out["hirescam_fused"] = _only(each.attribute(x.detach())).sum(dim=1, keepdim=True)
+    size = (x.shape[-1], x.shape[-1])
+    return {
+        k: F.interpolate(v.detach(), size, mode="bilinear", align_corners=False)[:, 0]
+        for k, v in out.items()
+    }
+
+
+def _only(given: Tensor | tuple[Tensor, ...]) -> Tensor:
+    return given[0] if isinstance(given, tuple) else given
 
 
 def _differentiable(scorer: Scorer, name: str, known: Evidence) -> Callable[[Evidence], Tensor]:

@@ -24,7 +24,16 @@ UNITS = {
     "fused": "nats",
 }
 SIDE = 360  # px of one view at most
-SHOWN = ("residual", "spatial", "structure", "inspection", "fused", "gradcam_fused")
+SHOWN = (
+    "residual",
+    "spatial",
+    "structure",
+    "inspection",
+    "fused",
+    "gradcam_fused",
+    "hirescam_fused",
+)
+CAMS = ("gradcam", "hirescam")
 TITLES = {
     "reconstruction": "Reconstruction error",
     "difference": "Brighter or darker than rebuilt",
@@ -34,6 +43,7 @@ TITLES = {
     "inspection": "Marked as defect",
     "fused": "All of them, fused",
     "gradcam_fused": "Grad-CAM of the fused score",
+    "hirescam_fused": "HiResCAM of the fused score",
     "gradcam_mahalanobis": "Grad-CAM of the Mahalanobis distance",
     "gradcam_reconstruction": "Grad-CAM of the reconstruction error",
     "gradcam_kl": "Grad-CAM of the KL",
@@ -147,7 +157,7 @@ def _resized(values: Map, rows: int, columns: int) -> Map:
 
 def signed(name: str) -> bool:
     """Whether a map's sign means something, so that its colours diverge about 0."""
-    return name == "difference" or name.startswith("gradcam")
+    return name == "difference" or name.startswith(CAMS)
 
 
 def scale_of(name: str, values: Map, level: float | None = None) -> tuple[float, float]:

@@ -22,7 +22,7 @@ from msvae.progress import Progress, Silent
 from msvae.scorer import PLACES
 from msvae.train import to_batch
 
-KINDS = ("reconstruction", *PLACES, "fused", "gradcam_fused", "gradcam_mahalanobis")
+KINDS = ("reconstruction", *PLACES, "fused", "gradcam_fused", "hirescam_fused")
 JUDGED = ("fused", "spatial")  # the scores that have to fall
 SHARE = 0.1  # of the pixels is replaced
 LIMIT = 48  # images looked at, evenly chosen
@@ -108,8 +108,7 @@ def _maps(detector: Detector, x: Tensor) -> tuple[dict[str, Tensor], Tensor, dic
         e = detector.model.evidence(x)
         found = detector.scorer.maps(e)
         scores = detector.scorer(e, found)
-    cams = gradcams(detector, x, e)
-    return found | {f"gradcam_{k}": v for k, v in cams.items()}, e.recon, scores
+    return found | gradcams(detector, x, e), e.recon, scores
 
 
 def highest(found: Tensor) -> Tensor:
