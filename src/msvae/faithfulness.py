@@ -42,10 +42,10 @@ def faithfulness(
     """Figures for each of `KINDS` from anomalous images (N, S, S, 3), with masks (N, S, S) if any.
 
     `deletion_<score>_win_rate`: in how many images the score falls further by the map than by the
-    same mask moved to a random place; `…_median` and `…_median_moved`: by how much, as a share of
-    the score. `random_weights`: median rank correlation of the map with that of a network that
-    learned nothing, 1 for a map that does not depend on it. `peak_inside`: share of the masks that
-    hold the map's peak.
+    same mask moved to a random place; `…_median` and `…_median_moved`: by how much.
+    `random_weights`: median rank correlation of the map with that of a network that learned
+    nothing, 1 for a map that does not depend on it. `peak_inside`: share of the masks that hold the
+    map's peak.
     """
     told: dict[str, Rows] = {kind: {} for kind in KINDS}
     fresh = _unlearned(detector, seed)
@@ -89,10 +89,9 @@ def _batch(
         after, elsewhere = _without(detector, x, recon, top), _without(detector, x, recon, moved)
         for name in JUDGED:
             won = (after[name] < elsewhere[name]).double()
-            scale = before[name].abs().clamp_min(1e-9)
             yield kind, f"deletion_{name}_win_rate", won.tolist()
-            yield kind, f"deletion_{name}_median", ((before[name] - after[name]) / scale).tolist()
-            fall = (before[name] - elsewhere[name]) / scale
+            yield kind, f"deletion_{name}_median", (before[name] - after[name]).tolist()
+            fall = before[name] - elsewhere[name]
             yield kind, f"deletion_{name}_median_moved", fall.tolist()
         yield kind, "random_weights", _rank_correlation(learned[kind], random[kind])
         if inside is not None:

@@ -139,7 +139,7 @@ MAP_COLUMNS = {
 EXPLANATION_COLUMNS = {
     "peak_inside": "Peak in the defect",
     "deletion_fused_win_rate": "Fused falls further",
-    "deletion_fused_median": "Fused falls by",
+    "deletion_fused_median": "Fused falls by (nats)",
     "deletion_fused_median_moved": "Moved: by",
     "deletion_spatial_win_rate": "Spatial falls further",
     "deletion_spatial_median": "Spatial falls by",
@@ -149,7 +149,7 @@ EXPLANATION_COLUMNS = {
 EXPLANATIONS_ABOUT = (
     "Deletion: the tenth of the pixels where a map is highest is replaced by the reconstruction. "
     "How often that makes a score fall further than the same pixels moved to a random place do, "
-    "and by what median share of it, here and there. Random weights: the rank correlation with "
+    "and by how much (median), here and there. Random weights: the rank correlation with "
     "the map of a network that learned nothing, near 0 where a map shows what was learned; "
     "`structure` reads the picture alone, so its is 1. Where the VAE rebuilds textures too "
     "smoothly, the replaced patch is itself unusual and the fused score rises. Anomalous images:"
