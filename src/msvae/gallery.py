@@ -184,7 +184,8 @@ def _scale(views: Sequence[MapView]) -> Interval:
         reach = float(np.median([np.abs(v).max() for v in clean])) or 1.0
         return -reach, reach
     low = float(np.median([np.median(v) for v in clean]))
-    high = float(np.median([v.max() for v in clean]))
+    levels = [v.level for v in views if v.level is not None]
+    high = max([float(np.median([v.max() for v in clean])), *levels])
     return low, high if high > low else low + 1
 
 

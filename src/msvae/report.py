@@ -137,22 +137,22 @@ MAP_COLUMNS = {
     "aupro": "AUPRO@0.3",
 }
 EXPLANATION_COLUMNS = {
-    "peak_inside": "Peak in the defect",
-    "deletion_fused_win_rate": "Fused falls further",
-    "deletion_fused_median": "Fused falls by (nats)",
-    "deletion_fused_median_moved": "Moved: by",
-    "deletion_spatial_win_rate": "Spatial falls further",
-    "deletion_spatial_median": "Spatial falls by",
-    "deletion_spatial_median_moved": "Moved: by",
-    "random_weights": "Alike with random weights",
+    "peak_inside": "Peak in defect",
+    "deletion_fused_win_rate": "Fused: further",
+    "deletion_fused_median": "by (nats)",
+    "deletion_fused_median_moved": "moved: by",
+    "deletion_spatial_win_rate": "Spatial: further",
+    "deletion_spatial_median": "by",
+    "deletion_spatial_median_moved": "moved: by",
+    "random_weights": "Random weights",
 }
 EXPLANATIONS_ABOUT = (
     "Deletion: the tenth of the pixels where a map is highest is replaced by the reconstruction. "
     "How often that makes a score fall further than the same pixels moved to a random place do, "
     "and by how much (median), here and there. Random weights: the rank correlation with "
     "the map of a network that learned nothing, near 0 where a map shows what was learned; "
-    "`structure` reads the picture alone, so its is 1. Where the VAE rebuilds textures too "
-    "smoothly, the replaced patch is itself unusual and the fused score rises. Anomalous images:"
+    "structure reads the picture alone, so its is 1. Where the VAE rebuilds textures too "
+    "smoothly, the replaced patch is itself unusual and the fused score rises."
 )
 MAPS_ABOUT = (
     "How well each map points at the true defects, pixel by pixel: 1 is perfect, and an AUROC of "
@@ -177,7 +177,10 @@ def explanations_table(kinds: Mapping[str, Mapping[str, float]], **more: Any) ->
     columns = tuple(EXPLANATION_COLUMNS[k] for k in keys)
     rows = {name: tuple(figures.get(k) for k in keys) for name, figures in kinds.items()}
     count = max((int(figures.get("images", 0)) for figures in kinds.values()), default=0)
-    words = {"title": "Do the maps explain?", "about": f"{EXPLANATIONS_ABOUT} {count} images."}
+    words = {
+        "title": "Do the maps explain?",
+        "about": f"On {count} anomalous images. {EXPLANATIONS_ABOUT}",
+    }
     return Table(**{**words, "columns": columns, "rows": rows, **more})
 
 
