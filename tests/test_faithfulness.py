@@ -5,10 +5,11 @@ import pytest
 import torch
 from scipy.stats import spearmanr
 
+from msvae import explain, fit
 from msvae import faithfulness as module
-from msvae import fit
 from msvae.config import Config
-from msvae.faithfulness import KINDS, LIMIT, chosen, faithfulness, highest
+from msvae.faithfulness import KINDS, LIMIT, evenly, faithfulness, highest
+from msvae.train import to_batch
 
 SIDE = 32
 CONFIG = Config().replace(
@@ -62,28 +63,39 @@ def test_every_kind_has_its_figures(figures):
     assert tuple(figures) == KINDS
     for row in figures.values():
         assert row["images"] == 5
-        for name in ("peak_inside", "deletion_fused_win_rate", "deletion_spatial_win_rate"):
+        for name in ("pointing_game", "deletion_fused_win_rate", "deletion_spatial_win_rate"):
             assert 0 <= row[name] <= 1
-        assert -1 <= row["random_weights"] <= 1
+        assert -1 <= row["weight_randomisation"] <= 1
 
 
 def test_deletion_by_hand(detector, spoilt, figures):
-    """The fall of a score when the highest tenth of a map is replaced, one image at a time."""
+    """Falls of a score when the highest tenth of a map is replaced, there and moved, one by one."""
     pixels, _ = spoilt
     scores, found = maps_of(detector, pixels)
-    falls = []
-    for i in range(len(pixels)):
-        flat = found["structure"][i].ravel()
-        gone = np.zeros(flat.size, dtype=bool)
-        gone[np.argsort(-flat, kind="stable")[: round(0.1 * flat.size)]] = True
+    gen = torch.Generator().manual_seed(0)
+    moves = torch.randint(1, SIDE, (len(pixels), 2), generator=gen).tolist()
+
+    def fall(i, gone, name):
         x = torch.from_numpy(pixels[i : i + 1]).permute(0, 3, 1, 2).float() / 255
         with torch.inference_mode():
-            recon = detector.model(x).recon
-            seen = torch.where(torch.from_numpy(gone.reshape(1, 1, SIDE, SIDE)), recon, x)
-            after = detector.scorer(detector.model.evidence(seen))["spatial"]
-        falls.append(scores["spatial"][i] - float(after))
-    found = figures["structure"]["deletion_spatial_median"]
-    assert found == pytest.approx(np.median(falls), rel=1e-3, abs=1e-5)
+            seen = torch.where(torch.from_numpy(gone), detector.model(x).recon, x)
+            after = detector.scorer(detector.model.evidence(seen))[name]
+        return scores[name][i] - float(after)
+
+    for kind, name in (("structure", "spatial"), ("fused", "fused"), ("spatial", "spatial")):
+        here, there = [], []
+        for i, by in enumerate(moves):
+            flat = found[kind][i].ravel()
+            gone = np.zeros(flat.size, dtype=bool)
+            gone[np.argsort(-flat, kind="stable")[: round(0.1 * flat.size)]] = True
+            gone = gone.reshape(SIDE, SIDE)
+            here.append(fall(i, gone, name))
+            there.append(fall(i, np.roll(gone, by, axis=(0, 1)), name))
+        row, near = figures[kind], {"rel": 1e-3, "abs": 1e-4}
+        assert row[f"deletion_{name}_median"] == pytest.approx(np.median(here), **near)
+        assert row[f"deletion_{name}_median_moved"] == pytest.approx(np.median(there), **near)
+        wins = np.mean(np.array(here) > np.array(there))
+        assert row[f"deletion_{name}_win_rate"] == pytest.approx(wins)
 
 
 def test_the_peak_is_inside_or_not(detector, spoilt, figures):
@@ -94,30 +106,30 @@ def test_the_peak_is_inside_or_not(detector, spoilt, figures):
         inside = [
             masks[i][np.unravel_index(found[kind][i].argmax(), (SIDE, SIDE))] for i in range(4)
         ]
-        assert figures[kind]["peak_inside"] == pytest.approx(np.mean(inside))
+        assert figures[kind]["pointing_game"] == pytest.approx(np.mean(inside))
 
 
 def test_a_map_that_ignores_the_network_is_the_same_with_random_weights(figures):
     """So is that of the structure; those that read features change."""
-    assert figures["structure"]["random_weights"] == pytest.approx(1)
+    assert figures["structure"]["weight_randomisation"] == pytest.approx(1)
     for kind in ("spatial", "gradcam_fused", "hirescam_fused"):
-        assert figures[kind]["random_weights"] < 0.9
+        assert figures[kind]["weight_randomisation"] < 0.9
 
 
 def test_rank_correlation_is_scipys():
-    """Ties included; a constant map says nothing."""
+    """Ties included; a pair with a constant map is left out."""
     rng = np.random.default_rng(0)
     a, b = rng.integers(0, 9, (2, 3, 6, 6)).astype(np.float32)
     b[2] = 1
     found = module._rank_correlation(torch.from_numpy(a), torch.from_numpy(b))
     wanted = [spearmanr(a[i].ravel(), b[i].ravel()).statistic for i in range(2)]
-    np.testing.assert_allclose(found, [*wanted, 0])
+    np.testing.assert_allclose(found, wanted)
 
 
 def test_without_masks_there_is_no_peak(detector, spoilt):
     """The other figures come all the same, and the same again."""
     first = faithfulness(detector, spoilt[0])
-    assert all("peak_inside" not in row for row in first.values())
+    assert all("pointing_game" not in row for row in first.values())
     assert first == faithfulness(detector, spoilt[0])
 
 
@@ -130,11 +142,43 @@ def test_the_highest_tenth():
         assert values[mask].min() >= values[~mask].max()
 
 
-def test_anomalous_images_are_chosen_evenly():
+def test_images_are_chosen_evenly():
     """At most `LIMIT` of them, first and last among them."""
-    labels = np.r_[np.zeros(7), np.ones(500)].astype(int)
-    rows = chosen(labels)
+    rows = evenly(range(7, 507))
     assert len(rows) == LIMIT
     assert (rows[0], rows[-1]) == (7, 506)
     assert np.ptp(np.diff(rows)) <= 1
-    assert chosen(np.array([0, 1, 0, 1])) == [1, 3]
+    assert evenly([1, 3]) == [1, 3]
+
+
+@pytest.fixture(scope="module")
+def plain():
+    """A detector of the VAE alone, as the seed preset's: no companion, no inspector."""
+    config = CONFIG.replace(companion=False, inspector=False)
+    return fit(list(normal_images(60, 0)), config=config)
+
+
+def test_a_constant_map_has_no_figures(plain, spoilt):
+    """Nothing is marked without an inspector; its map is not judged."""
+    found = faithfulness(plain, *spoilt)
+    assert set(found) == set(KINDS) - {"inspection"}
+
+
+def test_what_is_not_there_has_no_share(plain, spoilt):
+    """Scores that are constant on normal images neither raise nor lower the fused score."""
+    for image in spoilt[0]:
+        e = plain.explain(image, gradcam=False)
+        assert [e.contributions[k] for k in ("order", "turn", "inspection")] == [0, 0, 0]
+        assert sum(e.contributions.values()) == pytest.approx(e.scores["fused"], rel=1e-6)
+
+
+def test_only_the_vaes_own_embedding_has_gradients(plain, detector, spoilt):
+    """Without a companion the neighbours are told from the encoder's features: the CAM sees them."""
+    for d, seen in ((plain, True), (detector, False)):
+        with torch.no_grad():
+            e = d.model.evidence(to_batch(spoilt[0], d.device))
+        leaf = e.embedding.clone().requires_grad_()
+        told = explain._differentiable(d.scorer, "fused", e)(e._replace(embedding=leaf)).sum()
+        assert told.requires_grad == seen
+        if seen:
+            assert torch.autograd.grad(told, leaf)[0].any()

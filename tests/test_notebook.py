@@ -1,5 +1,6 @@
 """The notebook runs from top to bottom, and is committed with what it shows."""
 
+import copy
 import os
 import re
 from pathlib import Path
@@ -71,7 +72,9 @@ def test_it_runs_from_top_to_bottom(notebook, tmp_path, monkeypatch):
     """As a reader would run it; it detects, and what it exports loads again."""
     for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):  # one core: other tests run beside it
         monkeypatch.setenv(variable, os.environ.get(variable, "1"))
-    client = NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(tmp_path)}})
+    client = NotebookClient(
+        copy.deepcopy(notebook), timeout=600, resources={"metadata": {"path": str(tmp_path)}}
+    )
     done = client.execute()
     printed = "\n".join(text(cell) for cell in code(done))
     fused = re.search(r"^fused +(\d\.\d+)", printed, re.MULTILINE)

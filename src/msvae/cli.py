@@ -105,7 +105,7 @@ def _config(options: argparse.Namespace) -> settings.Config:
 
 
 def _add_demo(verbs: Any) -> None:
-    text = "fit, evaluate and report on embedded texture photographs, offline, in about a minute"
+    text = "fit, evaluate and report on embedded texture photographs, offline, in a minute and a half"
     p = _verb(verbs, "demo", _demo, text)
     p.add_argument("--out", type=Path, default=Path("runs/demo"), help="default: %(default)s")
     p.add_argument("--seed", type=int, default=0)

@@ -44,7 +44,7 @@ class Scan:
 
     table: ScoreTable
     quarantine: tuple[ImageError, ...]
-    maps: Maps = field(default_factory=dict)  # each (N, H, W) at the model's resolution
+    maps: Maps = field(default_factory=dict)  # each (N, H, W), model's resolution, memory-mapped
 
 
 @dataclass(frozen=True)
@@ -95,8 +95,8 @@ class Detector:
     ) -> Scan:
         """Score many images; those that cannot be used are listed with the reason.
 
-        `with_maps` keeps every map; `each_map` is called with each name and its maps instead, so
-        that the maps of very many images need no memory.
+        `with_maps` keeps every map on disk; `each_map` is called with each name and its maps, and
+        keeps none.
         """
         if target_fpr is not None:
             rank(target_fpr, self.calibration.n)

@@ -222,8 +222,10 @@ def regions(
     return tuple(sorted(found, key=lambda r: -r.peak))
 
 
-def gradcams(detector: Explainable, x: Tensor, e: Evidence) -> dict[str, Tensor]:
-    """Grad-CAM of each score in `CAM_SCORES` for images (B, 3, S, S), (B, S, S) each, signed.
+def gradcams(
+    detector: Explainable, x: Tensor, e: Evidence, names: Sequence[str] = CAM_SCORES
+) -> dict[str, Tensor]:
+    """Grad-CAM of each of the scores `names` for images (B, 3, S, S), (B, S, S) each, signed.
 
     Σ_k w_k A_k of the coarsest encoder map of at least a quarter of the side, w_k the mean
     gradient of the *score* by the channel (Selvaraju et al. 2017, eq. 1 and 2, without the
@@ -237,7 +239,7 @@ def gradcams(detector: Explainable, x: Tensor, e: Evidence) -> dict[str, Tensor]
     scorer, model = detector.scorer, detector.model
     stage = max(1, sum(f.shape[-1] >= x.shape[-1] // 4 for f in e.features)) - 1
     out = {}
-    for name in CAM_SCORES:
+    for name in names:
         told = _differentiable(scorer, name, e)
 
         def score(inputs: Tensor, told: Callable[[Evidence], Tensor] = told) -> Tensor:
@@ -264,9 +266,9 @@ def _differentiable(scorer: Scorer, name: str, known: Evidence) -> Callable[[Evi
     """The score as a function of the VAE's evidence, (B,); the companion's part is the known one."""
 
     def whole(e: Evidence) -> Tensor:
-        joined = e._replace(
-            embedding=known.embedding, pretext=known.pretext, inspection=known.inspection
-        )
+        joined = e._replace(pretext=known.pretext, inspection=known.inspection)
+        if known.pretext.shape[1]:  # otherwise the embedding is the VAE's own
+            joined = joined._replace(embedding=known.embedding)
         return scorer(joined)[name].float()
 
     direct: dict[str, Callable[[Evidence], Tensor]] = {
@@ -296,7 +298,9 @@ def shapley(scorer: Scorer, e: Evidence, values: dict[str, Tensor]) -> dict[str,
     """
     fusion, density = scorer.fusion, scorer.typicality
     told = fusion.surprisals(torch.stack([values[k] for k in EXPERTS], dim=1))
-    at_rest = fusion.weights * surprisal(torch.zeros((), dtype=told.dtype))  # the median normal
+    at_rest = torch.zeros_like(fusion.weights)  # the median normal; constant scores say nothing
+    counted = fusion.quantiles.kept
+    at_rest[counted] = fusion.weights[counted] * surprisal(torch.zeros((), dtype=told.dtype))
     z = density.quantiles(scorer.statistics(e, values["mahalanobis"]))
     kept = density.quantiles.kept.tolist()
     columns = {n: [i for i, k in enumerate(kept) if k in range(*s)] for n, s in GROUPS.items()}

@@ -23,6 +23,7 @@ UNITS = {
     "inspection": "log-odds",
     "fused": "nats",
 }
+SHORT_UNITS = {k: v.replace("standard deviations", "sd") for k, v in UNITS.items()}
 SIDE = 360  # px of one view at most
 SHOWN = (
     "residual",

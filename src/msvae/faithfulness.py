@@ -6,7 +6,7 @@ reconstruction; the score must fall further than when the same pixels lie elsewh
 Pointing (Zhang et al. 2018): the peak of the map lies inside the defect.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from msvae.detector import Detector, Pixels
+from msvae.evidence import Evidence
 from msvae.explain import gradcams
 from msvae.model import VAE
 from msvae.progress import Progress, Silent
@@ -26,7 +27,7 @@ KINDS = ("reconstruction", *PLACES, "fused", "gradcam_fused", "hirescam_fused")
 JUDGED = ("fused", "spatial")  # the scores that have to fall
 SHARE = 0.1  # of the pixels is replaced
 LIMIT = 48  # images looked at, evenly chosen
-BATCH = 16
+PIXELS = 16 * 128 * 128  # at once: Grad-CAM keeps every activation
 
 Rows = dict[str, list[float]]
 
@@ -43,26 +44,26 @@ def faithfulness(
 
     `deletion_<score>_win_rate`: in how many images the score falls further by the map than by the
     same mask moved to a random place; `…_median` and `…_median_moved`: by how much.
-    `random_weights`: median rank correlation of the map with that of a network that learned
-    nothing, 1 for a map that does not depend on it. `peak_inside`: share of the masks that hold the
-    map's peak.
+    `weight_randomisation`: median rank correlation of the map with that of a network that learned
+    nothing, 1 for a map that does not depend on it. `pointing_game`: share of the masks that hold
+    the map's peak. A map that is constant has no figures.
     """
     told: dict[str, Rows] = {kind: {} for kind in KINDS}
     fresh = _unlearned(detector, seed)
     moves = torch.Generator().manual_seed(seed)
-    starts = range(0, len(pixels), BATCH)
+    size = max(1, PIXELS // pixels[0, ..., 0].size)
+    starts = range(0, len(pixels), size)
     for first in (progress or Silent()).track(starts, "testing maps", len(starts)):
-        part = slice(first, first + BATCH)
+        part = slice(first, first + size)
         x = to_batch(pixels[part], detector.device)
         inside = None if masks is None else torch.from_numpy(masks[part])
         for kind, name, values in _batch(detector, fresh, x, inside, moves):
             told[kind].setdefault(name, []).extend(values)
-    return {kind: {"images": len(pixels)} | _summed(rows) for kind, rows in told.items()}
+    return {k: {"images": len(pixels)} | _summed(rows) for k, rows in told.items() if rows}
 
 
-def chosen(labels: NDArray[np.int64]) -> list[int]:
-    """At most `LIMIT` rows of anomalous images, evenly spaced."""
-    rows = np.flatnonzero(labels == 1)
+def evenly(rows: Sequence[int]) -> list[int]:
+    """At most `LIMIT` of the rows, evenly spaced."""
     at = np.linspace(0, len(rows) - 1, min(LIMIT, len(rows))).round().astype(int)
     return [int(rows[i]) for i in at]
 
@@ -79,35 +80,44 @@ def _batch(
     detector: Detector, fresh: Detector, x: Tensor, inside: Tensor | None, moves: torch.Generator
 ) -> Iterator[tuple[str, str, list[float]]]:
     """Kind, name of a figure and its value for each image of the batch."""
-    learned, recon, before = _maps(detector, x)
-    random, _, _ = _maps(fresh, x)
+    e, learned = _maps(detector, x)
+    before = _scores(detector, e)
+    _, random = _maps(fresh, x)
     side = x.shape[-1]
     by = [(int(a), int(b)) for a, b in torch.randint(1, side, (len(x), 2), generator=moves)]
     for kind in KINDS:
+        says = learned[kind].flatten(1).std(dim=1) > 0
+        if not says.any():
+            continue
         top = highest(learned[kind])
         moved = torch.stack([t.roll(d, dims=(0, 1)) for t, d in zip(top, by, strict=True)])
-        after, elsewhere = _without(detector, x, recon, top), _without(detector, x, recon, moved)
+        after = _scores(detector, _replaced(detector, e, top))
+        elsewhere = _scores(detector, _replaced(detector, e, moved))
         for name in JUDGED:
-            won = (after[name] < elsewhere[name]).double()
-            yield kind, f"deletion_{name}_win_rate", won.tolist()
-            yield kind, f"deletion_{name}_median", (before[name] - after[name]).tolist()
-            fall = before[name] - elsewhere[name]
-            yield kind, f"deletion_{name}_median_moved", fall.tolist()
-        yield kind, "random_weights", _rank_correlation(learned[kind], random[kind])
+            fall, aside = before[name] - after[name], before[name] - elsewhere[name]
+            yield kind, f"deletion_{name}_win_rate", (fall > aside)[says.cpu()].tolist()
+            yield kind, f"deletion_{name}_median", fall[says.cpu()].tolist()
+            yield kind, f"deletion_{name}_median_moved", aside[says.cpu()].tolist()
+        correlation = _rank_correlation(learned[kind][says], random[kind][says])
+        yield kind, "weight_randomisation", correlation
         if inside is not None:
             held = inside.flatten(1)
             at = learned[kind].flatten(1).argmax(dim=1).cpu()
-            hit = held.gather(1, at[:, None])[:, 0].double()
-            yield kind, "peak_inside", hit[held.any(dim=1)].tolist()
+            hit = held.gather(1, at[:, None])[:, 0]
+            yield kind, "pointing_game", hit[held.any(dim=1) & says.cpu()].tolist()
 
 
-def _maps(detector: Detector, x: Tensor) -> tuple[dict[str, Tensor], Tensor, dict[str, Tensor]]:
-    """Every map of `KINDS` (B, S, S), the reconstruction (B, 3, S, S), and the scores (B,)."""
+def _maps(detector: Detector, x: Tensor) -> tuple[Evidence, dict[str, Tensor]]:
+    """The evidence of images (B, 3, S, S), and every map of `KINDS` (B, S, S)."""
     with torch.no_grad():
         e = detector.model.evidence(x)
         found = detector.scorer.maps(e)
-        scores = detector.scorer(e, found)
-    return found | gradcams(detector, x, e), e.recon, scores
+    return e, found | gradcams(detector, x, e, names=("fused",))
+
+
+@torch.no_grad()
+def _scores(detector: Detector, e: Evidence) -> dict[str, Tensor]:
+    return detector.scorer(e)
 
 
 def highest(found: Tensor) -> Tensor:
@@ -118,28 +128,23 @@ def highest(found: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _without(detector: Detector, x: Tensor, recon: Tensor, gone: Tensor) -> dict[str, Tensor]:
-    """The scores (B,) of images whose pixels in `gone` are replaced by the reconstruction."""
-    seen = torch.where(gone[:, None], recon.clamp(0, 1), x)
-    return detector.scorer(detector.model.evidence(seen))
+def _replaced(detector: Detector, e: Evidence, gone: Tensor) -> Evidence:
+    """The evidence of the images whose pixels in `gone` (B, S, S) are their reconstruction's."""
+    return detector.model.evidence(torch.where(gone[:, None], e.recon.clamp(0, 1), e.x))
 
 
 def _rank_correlation(a: Tensor, b: Tensor) -> list[float]:
-    """Spearman's of each pair of maps (B, S, S); 0 where one of them is constant."""
+    """Spearman's of each pair of maps (B, S, S); pairs in which one is constant are left out."""
     from scipy.stats import rankdata
 
     pairs = zip(a.flatten(1).cpu().numpy(), b.flatten(1).cpu().numpy(), strict=True)
     ranks = [(rankdata(p), rankdata(q)) for p, q in pairs]
-    varied = [min(np.ptp(p), np.ptp(q)) > 0 for p, q in ranks]
-    return [
-        float(np.corrcoef(p, q)[0, 1]) if v else 0.0
-        for (p, q), v in zip(ranks, varied, strict=True)
-    ]
+    return [float(np.corrcoef(p, q)[0, 1]) for p, q in ranks if min(np.ptp(p), np.ptp(q)) > 0]
 
 
 def _summed(rows: dict[str, Any]) -> dict[str, float]:
     """Rates as means, the rest as medians."""
-    mean = ("peak_inside", *(f"deletion_{name}_win_rate" for name in JUDGED))
+    mean = ("pointing_game", *(f"deletion_{name}_win_rate" for name in JUDGED))
     return {
         name: float(np.mean(values) if name in mean else np.median(values))
         for name, values in rows.items()

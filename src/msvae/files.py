@@ -36,12 +36,12 @@ def atomic(path: Path) -> Iterator[io.BufferedWriter]:
 
 
 @contextmanager
-def _told(path: Path) -> Iterator[None]:
+def _told(path: Path, otherwise: str = "choose another place") -> Iterator[None]:
     try:
         yield
     except OSError as error:
         raise OutputError(
-            f"{path}: cannot be written ({error.strerror}): free some space or choose another place"
+            f"{path}: cannot be written ({error.strerror}): free some space or {otherwise}"
         ) from error
 
 
@@ -138,13 +138,14 @@ class Spool:
     """
 
     def __init__(self) -> None:
-        self._file = tempfile.TemporaryFile()  # noqa: SIM115 - lives until `array`
+        with _told(Path(tempfile.gettempdir()), "set TMPDIR to another place"):
+            self._file = tempfile.TemporaryFile()  # noqa: SIM115 - lives until `array`
         weakref.finalize(self, self._file.close)  # also when the work in between fails
         self._count, self._like = 0, np.empty((0,), dtype=np.uint8)
 
     def add(self, batch: NDArray[Any]) -> None:
         """Put a batch behind the others; `OutputError` when the disk is full."""
-        with _told(Path(tempfile.gettempdir())):
+        with _told(Path(tempfile.gettempdir()), "set TMPDIR to another place"):
             self._file.write(np.ascontiguousarray(batch).data)
             self._file.flush()
         self._count, self._like = self._count + len(batch), batch[:0]

@@ -22,13 +22,12 @@ from msvae.data.cache import decode, default_cache_dir
 from msvae.data.folder import find_images
 from msvae.data.images import Source
 from msvae.data.split import group_names, split_by_content
-from msvae.detector import BATCH, Detector, Pixels, run
+from msvae.detector import BATCH, Detector, Maps, Pixels, run
 from msvae.errors import ConfigError, ImageError, RunError
 from msvae.model import VAE
 from msvae.progress import Progress, Silent
 from msvae.references import References
 from msvae.scorer import learn
-from msvae.scores import direction
 from msvae.table import write_quarantine
 from msvae.train import State, choose_device, to_batch, train, train_inspector
 
@@ -202,17 +201,14 @@ def decision_of(config: Config) -> Decision:
 
 def calibrate_pixels(model: VAE, scorer: Any, pixels: Pixels, progress: Progress) -> Calibration:
     """Scores and map maxima of held-out normal images."""
-    scores: dict[str, list[Any]] = {}
     peaks: dict[str, list[Any]] = {}
-    # one batch at a time, so that the maps of a large conformal part need not fit into memory
-    for batch in batches(pixels, progress, "calibrating"):
-        found, maps = run(model, scorer, [batch], with_maps=True)
-        for name, value in found.items():
-            scores.setdefault(name, []).append(value)
-        for name, drawn in maps.items():
+
+    def keep(found: Maps) -> None:
+        for name, drawn in found.items():
             peaks.setdefault(name, []).append(drawn.max(axis=(1, 2)).astype(np.float64))
-    join = {k: np.concatenate(v) for k, v in scores.items()}
-    return Calibration(join, {k: np.concatenate(v) for k, v in peaks.items()})
+
+    scores, _ = run(model, scorer, batches(pixels, progress, "calibrating"), each=keep)
+    return Calibration(scores, {k: np.concatenate(v) for k, v in peaks.items()})
 
 
 def batches(pixels: Pixels, progress: Progress, task: str, size: int = BATCH) -> Iterator[Pixels]:
@@ -295,17 +291,16 @@ def _references(model: VAE, scorer: Any, part: Part) -> References:
     step = -(-len(part.names) // REFERENCES)
     pixels, names = part.pixels[::step], part.names[::step]
     device = next(model.parameters()).device
-    latents, directions, thumbs, fused = [], [], [], []
+    latents, thumbs, fused = [], [], []
     with torch.no_grad():
         for batch in batches(pixels, Silent(), "references"):
             x = to_batch(batch, device)
             e = model.evidence(x)
             latents.append(e.mu.cpu())
-            directions.append(direction(e).cpu())
             fused.append(scorer(e)["fused"])
             small = F.interpolate(x, size=(THUMBNAIL, THUMBNAIL), mode="area")
             thumbs.append((small * 255).round().byte().permute(0, 2, 3, 1).cpu().contiguous())
-    joined = (torch.cat(latents), torch.cat(directions), torch.cat(thumbs), torch.cat(fused))
+    joined = (torch.cat(latents), torch.cat(thumbs), torch.cat(fused))
     return References(tuple(names), *joined)
 
 

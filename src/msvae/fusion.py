@@ -16,7 +16,7 @@ KNOTS = 129
 TAIL = 0.1  # the outer tenth of the references sets the slope beyond the outermost one
 COMPONENTS = (1, 2, 4, 8, 16)
 KNEE = math.log(50)  # nats: one in fifty normal images
-PLAIN = 2.0  # nats: the norm of four surprisals of an ordinary picture
+PLAIN = 2.0  # nats: the norm of four surprisals of full weight of an ordinary picture
 PER_COMPONENT = 150  # images needed for each component of the mixture
 
 

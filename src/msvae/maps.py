@@ -1,7 +1,7 @@
 """Where in the picture: pure functions Evidence -> (B, H, W), and the two maps that are fitted.
 
-Higher is more anomalous. `reconstruction_map` has a unit (squared intensity); the fitted maps are
-distances from what normal images show at the same place.
+Higher is more anomalous. `reconstruction_map` is in squared intensity, `inspection` in log-odds;
+the fitted maps are distances from what normal images show at the same place.
 """
 
 from dataclasses import dataclass
@@ -42,7 +42,8 @@ def inspection(e: Evidence) -> Tensor:
 def oddest(maps: Tensor) -> Tensor:
     """Mean over the most anomalous 5 % of the places of maps (B, H, W), (B,): a map's score.
 
-    The maximum alone is the noise of one place: a defect is rarely smaller than that.
+    The maximum is the noise of one place: on textures the mean over 5 % ranks far better (0.91 to
+    0.96 on the demo), on objects with small defects hardly worse (0.996 to 0.990 on bottle).
     """
     flat = maps.flatten(1)
     return flat.topk(max(1, round(ODDEST * flat.shape[1])), dim=1).values.mean(dim=1)
@@ -67,10 +68,11 @@ def enlarge(maps: Tensor, side: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Rarity:
-    """How rare a value is among the places of normal images: -log of the share that reach it, nats.
+    """How rare a value is among the places of the training images: -log of the share reaching it.
 
-    So maps of different units can be added. Linear between knots, and beyond the last of them with
-    the slope of the upper 2 % (an exponential tail).
+    In nats, so that maps of different units can be added; nominal, since new normal images are not
+    the training images: what the sum means is left to the conformal part. Linear between knots,
+    and beyond the last of them with the slope of the upper 2 % (an exponential tail).
     """
 
     knots: Tensor  # (K, Q) of K maps: the values that a share exp(-j `RARITY_STEP`) reaches
@@ -151,7 +153,7 @@ class Moments:
 class ResidualMap:
     """Reconstruction difference in units of what normal images leave behind at that pixel.
 
-    (smoothed (x - x̂)² - mean) / standard deviation, both of the training images at that pixel,
+    (root of the smoothed (x - x̂)² - mean) / deviation, both of the training images at that pixel,
     each drawn half-way to the whole picture's.
     """
 

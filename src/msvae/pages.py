@@ -18,7 +18,7 @@ from msvae.data.images import Pixels, Source, load_mask, open_image, squared
 from msvae.detector import Detector, load
 from msvae.errors import DataError, ImageError
 from msvae.explain import explain_many
-from msvae.explanation import SHOWN, TITLES, Explanation, scale_of, signed
+from msvae.explanation import SHORT_UNITS, SHOWN, TITLES, Explanation, scale_of, signed
 from msvae.gallery import Gallery, Item, MapView, ScoreLine, choose
 from msvae.operating import Operating
 from msvae.progress import Progress, Silent
@@ -349,7 +349,14 @@ def _map_view(name: str, e: Explanation) -> MapView:
     values = e.model_maps[name]
     level = e.level if name == "fused" else None
     own = scale_of(name, values) if signed(name) else None
-    return MapView(name=TITLES[name], values=values, signed=signed(name), scale=own, level=level)
+    return MapView(
+        name=TITLES[name],
+        values=values,
+        signed=signed(name),
+        unit=SHORT_UNITS.get(name, ""),
+        scale=own,
+        level=level,
+    )
 
 
 def _region_notes(e: Explanation) -> list[str]:

@@ -14,7 +14,6 @@ class References:
 
     names: tuple[str, ...]
     latents: Tensor  # (M, Z)
-    directions: Tensor  # (M, E)
     thumbnails: Tensor  # (M, 32, 32, 3) uint8
     fused: Tensor  # (M,) their own fused scores
 
@@ -24,7 +23,6 @@ def to_tensors(r: References) -> dict[str, Tensor]:
     return {
         "names": store.pack(r.names),
         "latents": r.latents,
-        "directions": r.directions,
         "thumbnails": r.thumbnails,
         "fused": r.fused,
     }
@@ -37,4 +35,4 @@ def read(folder: Path) -> References | None:
         return None
     t = store.read_tensors(path)
     names = tuple(store.unpack(t["names"]))
-    return References(names, t["latents"], t["directions"], t["thumbnails"], t["fused"])
+    return References(names, t["latents"], t["thumbnails"], t["fused"])

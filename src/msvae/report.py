@@ -137,14 +137,14 @@ MAP_COLUMNS = {
     "aupro": "AUPRO@0.3",
 }
 EXPLANATION_COLUMNS = {
-    "peak_inside": "Peak in defect",
+    "pointing_game": "Peak in defect",
     "deletion_fused_win_rate": "Fused: further",
     "deletion_fused_median": "by (nats)",
-    "deletion_fused_median_moved": "moved: by",
+    "deletion_fused_median_moved": "moved: by (nats)",
     "deletion_spatial_win_rate": "Spatial: further",
-    "deletion_spatial_median": "by",
-    "deletion_spatial_median_moved": "moved: by",
-    "random_weights": "Random weights",
+    "deletion_spatial_median": "by (sd)",
+    "deletion_spatial_median_moved": "moved: by (sd)",
+    "weight_randomisation": "Random weights",
 }
 EXPLANATIONS_ABOUT = (
     "Deletion: the tenth of the pixels where a map is highest is replaced by the reconstruction. "

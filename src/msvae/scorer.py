@@ -55,8 +55,8 @@ class Scorer:
 
     def statistics(self, e: Evidence, distance: Tensor) -> Tensor:
         """All statistics beside each other, (B, 21), on the CPU in double precision."""
-        parts = [f(e) for f in scores.STATISTICS.values()]
-        return torch.cat([*parts, (distance[:, None] + scores.FLOOR).log()], dim=1).double().cpu()
+        parts = [f(e).cpu() for f in scores.STATISTICS.values()]
+        return torch.cat([*parts, (distance.cpu()[:, None] + scores.FLOOR).log()], dim=1).double()
 
     def maps(self, e: Evidence) -> dict[str, Tensor]:
         """Every map at the model's resolution, (B, H, W)."""
@@ -97,7 +97,7 @@ class Scorer:
             "turn": scores.turn(e),
             "neighbours": self.neighbours(e),
         }
-        out = {name: value.double().cpu() for name, value in plain.items()}
+        out = {name: value.cpu().double() for name, value in plain.items()}
         out |= self._weighted(out["reconstruction"], out["mahalanobis"])
         statistics = self.statistics(e, plain["mahalanobis"])
         out["bands"] = self.bands(statistics[:, RESIDUAL])
@@ -174,7 +174,8 @@ def _fuse(experts: dict[str, Tensor]) -> Fusion:
     weights = dict.fromkeys(EXPERTS, 1.0)
     for name, chance in (("order", len(ORDERS)), ("turn", len(TURNS))):
         weights[name] = max(0.0, 1 - float(experts[name].mean()) / log(chance))
-    weights["neighbours"] = max(weights["order"], weights["turn"])
+    if experts["order"].any():  # without a companion the features are the encoder's own
+        weights["neighbours"] = max(weights["order"], weights["turn"])
     return Fusion.fit(
         torch.stack([experts[k] for k in EXPERTS], dim=1),
         torch.tensor([weights[k] for k in EXPERTS], dtype=torch.float64),

@@ -2,7 +2,8 @@
 
 A score is higher the more anomalous the image is. A statistic has no direction: the fusion reads
 it two-sidedly. A score that needs normal images first is a frozen dataclass with `fit`; the others
-are plain functions. To add one: write the function and its line in `SCORES`.
+are plain functions. To add one: write the function, its line in `Scorer.__call__`, and its words
+in `wording.ABOUT` and `wording.EXTREMES`.
 """
 
 from collections.abc import Callable

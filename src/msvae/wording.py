@@ -35,7 +35,10 @@ EXTREMES = {  # what a high score says of an image, and what a low one says
     "elbo": ("as unlikely as the least likely", "as likely as the likeliest"),
     "spread": ("as vague in the latents as the vaguest", "as definite as the most definite"),
     "spatial": ("with parts as odd as the oddest", "with parts as usual as the most usual"),
-    "residual": ("rebuilt as unevenly as the worst", "rebuilt as evenly as the best"),
+    "residual": (
+        "as badly rebuilt for the place as the worst",
+        "as well rebuilt for the place as the best",
+    ),
     "structure": ("with structure as odd as the oddest", "as regular as the most regular"),
     "inspection": ("as marked as the most marked", "as clean as the cleanest"),
     "order": ("as hard to colour as the hardest", "as easy to colour as the easiest"),

@@ -20,7 +20,7 @@ from msvae.data.textures import write_demo
 from msvae.detector import Detector, EachMap, Maps, Scan
 from msvae.errors import ConfigError, DataError, ImageError
 from msvae.evaluate import Evaluation, evaluate
-from msvae.faithfulness import chosen, faithfulness
+from msvae.faithfulness import evenly, faithfulness
 from msvae.fitting import fit
 from msvae.progress import Progress, Silent
 from msvae.table import ScoreTable, write_quarantine
@@ -73,10 +73,11 @@ def evaluate_samples(
         image_size=detector.config.model.image_size,
         seconds=spent,
     )
-    tested = tested_maps(detector, kept, masks, progress)
-    evaluation = replace(evaluation, explanations=tested)
     scan = replace(scan, table=table)
     write_evaluation(out, evaluation.to_json(), scan, history)
+    tested = tested_maps(detector, kept, masks, progress)
+    evaluation = replace(evaluation, explanations=tested)
+    files.write_json(out / "metrics.json", evaluation.to_json())
     return Evaluated(evaluation, scan, masks)
 
 
@@ -88,7 +89,7 @@ def tested_maps(
 ) -> dict[str, dict[str, float]]:
     """Do the maps explain? On an even choice of the anomalous images."""
     c = detector.config.model
-    rows = chosen(np.array([s.label for s in samples], dtype=np.int64))
+    rows = evenly([i for i, s in enumerate(samples) if s.label == 1])
     pixels = np.stack([load_image(samples[i].path, c.image_size, c.resize) for i in rows])
     held = None if masks is None else masks[rows]
     return faithfulness(detector, pixels, held, progress=progress)
@@ -182,10 +183,16 @@ def recalibrate(
     rank(rate, len(normals))
     if rule == "f1" and not anomalous:
         raise ConfigError("--rule f1 needs labelled anomalies: name them with --anomalous")
-    scan = detector.scan(normals, with_maps=True, progress=progress)
+    peaks: dict[str, list[float]] = {}
+
+    def keep(_: str, found: Maps) -> None:
+        for name, drawn in found.items():
+            peaks.setdefault(name, []).append(float(drawn.max()))
+
+    scan = detector.scan(normals, each_map=keep, progress=progress)
     rank(rate, len(scan.table))
-    peaks = {k: v.max(axis=(1, 2)).astype(np.float64) for k, v in scan.maps.items()}
-    calibration = Calibration(dict(scan.table.scores), peaks)
+    held = {k: np.array(v, dtype=np.float64) for k, v in peaks.items()}
+    calibration = Calibration(dict(scan.table.scores), held)
     if rule == "f1":
         found = detector.scan(anomalous, progress=progress).table.scores["fused"]
         best = metrics.best_f1_threshold(scan.table.scores["fused"], found)
