@@ -18,12 +18,13 @@ from msvae.config import Config
 from msvae.data import datasets
 from msvae.data.cache import Decoded, decode, default_cache_dir
 from msvae.data.folder import Sample, find_labelled
+from msvae.data.images import digest
 from msvae.data.split import number_gap_groups, text_sha256
 from msvae.detector import Detector, Pixels, Scan
-from msvae.errors import DataError
+from msvae.errors import ConfigError, DataError
 from msvae.evaluate import Evaluation, evaluate
 from msvae.faithfulness import evenly, faithfulness
-from msvae.fitting import Part, Parts, batches, check_free, fit, fit_parts
+from msvae.fitting import Part, Parts, Shown, batches, check_free, fit, fit_parts
 from msvae.progress import Progress
 from msvae.table import ScoreTable
 from msvae.workflow import Evaluated, evaluate_samples, history_of, write_evaluation
@@ -64,11 +65,18 @@ def flowers_cifar10(
     config: Config,
     protocols: Sequence[Protocol],
     *,
+    feedback: int = 0,
     overwrite: bool,
     progress: Progress,
     say: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Train, freeze and measure a model for each protocol; returns what `metrics.json` holds."""
+    """Train, freeze and measure a model for each protocol; returns what `metrics.json` holds.
+
+    The first `feedback` images of the anomalous validation part teach the fusion; the others choose
+    the best-F1 threshold as ever.
+    """
+    if not 0 <= feedback <= VALIDATION // 2:
+        raise ConfigError(f"--feedback {feedback}: choose 0 to {VALIDATION // 2} examples")
     for protocol in protocols:
         check_free(out / protocol, resume=False, overwrite=overwrite)
     result: dict[str, Any] = {
@@ -76,6 +84,7 @@ def flowers_cifar10(
         "version": 1,
         "msvae": __version__,
         "seed": config.train.seed,
+        **({"feedback": feedback} if feedback else {}),
     }
     blocks: dict[str, Any] = {}
     for protocol in protocols:
@@ -83,7 +92,15 @@ def flowers_cifar10(
         data = load_flowers_cifar(data_dir, protocol, progress, say)
         chosen = config.replace(image_size=SIDES[protocol], resize="square")
         began = time.perf_counter()
-        detector = fit_parts(data.parts, chosen, out / protocol, progress=progress, say=say)
+        shown = None
+        if feedback:
+            taken, left = data.validation[:feedback], data.validation[feedback:]
+            names = tuple(f"validation#{i}" for i in range(feedback))
+            examples = Part(taken, names, tuple(digest(x) for x in taken))
+            shown, data = Shown(Part(taken[:0], (), ()), examples), replace(data, validation=left)
+        detector = fit_parts(
+            data.parts, chosen, out / protocol, feedback=shown, progress=progress, say=say
+        )
         fitted = time.perf_counter() - began
         evaluation, scan = measure(detector, data, fitted, progress)
         history = history_of(out / protocol)

@@ -105,7 +105,9 @@ def _config(options: argparse.Namespace) -> settings.Config:
 
 
 def _add_demo(verbs: Any) -> None:
-    text = "fit, evaluate and report on embedded texture photographs, offline, in a minute and a half"
+    text = (
+        "fit, evaluate and report on embedded texture photographs, offline, in a minute and a half"
+    )
     p = _verb(verbs, "demo", _demo, text)
     p.add_argument("--out", type=Path, default=Path("runs/demo"), help="default: %(default)s")
     p.add_argument("--seed", type=int, default=0)
@@ -132,6 +134,7 @@ def _add_fit(verbs: Any) -> None:
     )
     p.add_argument("--out", type=Path, required=True, metavar="RUN", help="the run folder to write")
     p.add_argument("--group-by", metavar="REGEX", help="images with the same match stay together")
+    _add_feedback(p)
     p.add_argument("--resume", action="store_true", help="continue an interrupted fit")
     p.add_argument("--overwrite", action="store_true", help="replace a finished run")
     _add_strict(p)
@@ -148,6 +151,7 @@ def _fit(options: argparse.Namespace) -> int:
         options.out,
         config=_config(options),
         group_by=options.group_by,
+        feedback=options.feedback,
         resume=options.resume,
         overwrite=options.overwrite,
         progress=screen.progress,
@@ -163,7 +167,13 @@ def _add_calibrate(verbs: Any) -> None:
     text = "new thresholds from more normal images, without training"
     p = _verb(verbs, "calibrate", _calibrate, text)
     p.add_argument("run", type=Path, metavar="RUN")
-    p.add_argument("normals", nargs="+", metavar="NORMALS", help="normal images, none trained on")
+    p.add_argument(
+        "normals",
+        nargs="*",
+        metavar="NORMALS",
+        help="normal images, none trained on; with --feedback the run's own may serve again",
+    )
+    _add_feedback(p)
     p.add_argument(
         "--anomalous", nargs="+", metavar="DIR", help="labelled anomalies, for --rule f1"
     )
@@ -180,23 +190,31 @@ def _add_calibrate(verbs: Any) -> None:
 def _calibrate(options: argparse.Namespace) -> int:
     from msvae.data.folder import find_images
     from msvae.detector import load
-    from msvae.workflow import recalibrate, refuse_trained, write_calibrated
+    from msvae.fitting import examples_of
+    from msvae.workflow import part_of, recalibrate, refuse_trained, write_calibrated
 
     screen = _screen()
     rule, threshold = _rule(options.rule)
-    normals = find_images(options.normals).paths
+    detector = load(options.run)
+    if not options.normals and options.feedback is None:
+        raise ConfigError("calibrate needs NORMALS: normal images that were not trained on")
+    own = part_of(options.run, "conformal") if not options.normals else ()
+    normals = own or find_images(options.normals).paths
     refuse_trained(options.run, normals)
+    examples = None if options.feedback is None else examples_of(options.feedback)
     detector, scan = recalibrate(
-        load(options.run),
+        detector,
         normals,
         rule=rule,
         threshold=threshold,
         anomalous=find_images(options.anomalous).paths if options.anomalous else (),
         target_fpr=options.target_fpr,
+        feedback=examples,
+        ordinary=part_of(options.run, "stop") if examples else (),
         progress=screen.progress,
     )
     detector.save_calibration(options.run)
-    write_calibrated(options.run, normals)
+    write_calibrated(options.run, normals, examples)
     screen.say(
         f"{options.run}: {screen.decision(detector.decision)}, on {detector.calibration.n} images"
     )
@@ -344,6 +362,13 @@ def _add_benchmark(verbs: Any) -> None:
     p.add_argument("--protocol", choices=("native", "equalised", "both"), default="both")
     p.add_argument("--category", default="bottle", help="of mvtec; default: %(default)s")
     p.add_argument("--overwrite", action="store_true", help="replace finished runs")
+    p.add_argument(
+        "--feedback",
+        type=int,
+        default=0,
+        metavar="N",
+        help="of flowers-cifar10: so many labelled anomalies of the validation part teach the fusion",
+    )
     _add_settings(p)
 
 
@@ -363,7 +388,9 @@ def _run_benchmark(name: str, options: argparse.Namespace, out: Path) -> None:
     if name == "flowers-cifar10":
         both = options.protocol == "both"
         protocols: Any = ("equalised", "native") if both else (options.protocol,)
-        result = benchmark.flowers_cifar10(options.data_dir, out, chosen, protocols, **common)
+        result = benchmark.flowers_cifar10(
+            options.data_dir, out, chosen, protocols, feedback=options.feedback, **common
+        )
         screen.benchmark_table(result)
     else:
         if options.data_dir is None:
@@ -378,6 +405,11 @@ def _run_benchmark(name: str, options: argparse.Namespace, out: Path) -> None:
         screen.maps_table(result)
         screen.false_alarms(result["false_alarm"])
     _write_page(screen, out, out / "report.html")
+
+
+def _add_feedback(parser: argparse.ArgumentParser) -> None:
+    text = "labelled examples in DIR/normal (false alarms) and DIR/anomalous, either or both"
+    parser.add_argument("--feedback", type=Path, metavar="DIR", help=text)
 
 
 def _add_strict(parser: argparse.ArgumentParser) -> None:

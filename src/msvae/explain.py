@@ -292,7 +292,8 @@ def shapley(scorer: Scorer, e: Evidence, values: dict[str, Tensor]) -> dict[str,
 
     `values` are the evidence's scores.
 
-    Exact Shapley values (Shapley 1953): they and "ordinary image" add up to the score. A group that
+    Exact Shapley values (Shapley 1953): they, "ordinary image" and what "feedback" changed, where
+    there was any, add up to the score. A group that
     is left out takes the value of the median normal image. The fused score is the sum of two sides,
     so each side is a game of its own; the density of the statistics is four players of the second.
     """
@@ -327,6 +328,8 @@ def shapley(scorer: Scorer, e: Evidence, values: dict[str, Tensor]) -> dict[str,
         shares |= {p: _shapley_value(p, games, len(players)) for p in players}
         rest = rest + games[frozenset()]
     shares["ordinary image"] = rest
+    if scorer.feedback.weights.any():
+        shares["feedback"] = values["fused"] - fusion.sides(told).sum(dim=1)
     return shares
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,19 +20,28 @@ from msvae.calibration import Calibration, Decision, rank
 from msvae.config import Config
 from msvae.data.cache import decode, default_cache_dir
 from msvae.data.folder import find_images
-from msvae.data.images import Source
+from msvae.data.images import Source, digest, load_image, name_of
 from msvae.data.split import group_names, split_by_content
 from msvae.detector import BATCH, Detector, Maps, Pixels, run
-from msvae.errors import ConfigError, ImageError, RunError
+from msvae.errors import ConfigError, DataError, ImageError, RunError
 from msvae.model import VAE
 from msvae.progress import Progress, Silent
 from msvae.references import References
-from msvae.scorer import learn
+from msvae.scorer import Scorer, Told, learn
 from msvae.table import write_quarantine
 from msvae.train import State, choose_device, to_batch, train, train_inspector
 
 REFERENCES = 1000  # training images whose thumbnails are kept
 THUMBNAIL = 32
+FEEDBACK = "feedback"  # the part of labelled examples
+
+
+class Examples(NamedTuple):
+    """Labelled images, of either kind none or more."""
+
+    normal: Sequence[Source]
+    anomalous: Sequence[Source]
+
 
 GroupBy = str | Callable[[Sequence[str]], list[str]]
 
@@ -65,6 +74,23 @@ class Parts:
         ]
 
 
+@dataclass(frozen=True)
+class Shown:
+    """Decoded examples."""
+
+    normal: Part
+    anomalous: Part
+
+    def rows(self) -> list[dict[str, str]]:
+        """One row an image, as in `split.csv`."""
+        both = [(p.names, p.digests) for p in (self.normal, self.anomalous)]
+        return [
+            {"path": name, "part": FEEDBACK, "sha256": digest}
+            for names, digests in both
+            for name, digest in zip(names, digests, strict=True)
+        ]
+
+
 def fit(
     images: str | Path | Sequence[Source],
     out: str | Path | None = None,
@@ -73,6 +99,7 @@ def fit(
     config: Config | None = None,
     settings_changed: Mapping[str, Any] | None = None,
     group_by: GroupBy | None = None,
+    feedback: str | Path | Examples | None = None,
     resume: bool = False,
     overwrite: bool = False,
     progress: Progress | None = None,
@@ -83,7 +110,8 @@ def fit(
     `out` is the run folder to write; without it the detector lives in memory only. `config` (or the
     named `preset`), with single `settings_changed` by name, decides the rest. `group_by` is a
     regular expression on the path (images with the same match stay in the same part), or a function
-    from all names to their groups. `resume`
+    from all names to their groups. `feedback` is a folder with `normal/`, `anomalous/` or both, or
+    the two as `Examples`: labelled images that turn the fusion to what they show. `resume`
     continues an interrupted fit of the same images and settings. `say` hears what is chosen.
 
     Raises `DataError`, `ConfigError`, `RateError` or `RunError`, each with the remedy.
@@ -94,8 +122,12 @@ def fit(
     folder = None if out is None else Path(out)
     if folder is not None:
         check_free(folder, resume=resume, overwrite=overwrite)
+    examples = None if feedback is None else examples_of(feedback)
     parts, refused = split_images(images, chosen, group_by, progress, say)
-    detector = fit_parts(parts, chosen, folder, resume=resume, progress=progress, say=say)
+    shown = None if examples is None else shown_examples(examples, chosen)
+    detector = fit_parts(
+        parts, chosen, folder, feedback=shown, resume=resume, progress=progress, say=say
+    )
     if folder is not None:
         (folder / "quarantine.csv").unlink(missing_ok=True)
     if folder is not None and refused:
@@ -152,11 +184,18 @@ def fit_parts(
     config: Config,
     folder: Path | None,
     *,
+    feedback: Shown | None = None,
     resume: bool = False,
     progress: Progress | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> Detector:
-    """Train, learn the scores, calibrate, and write the run."""
+    """Train, learn the scores, calibrate, and write the run.
+
+    Raises `DataError` where an image of the feedback is among the others: it may neither calibrate
+    nor be learned twice.
+    """
+    if feedback is not None:
+        refuse_shown(feedback, [(r["sha256"], r["path"]) for r in parts.rows()])
     progress = progress or Silent()
     device = choose_device()
     torch.manual_seed(config.train.seed)
@@ -169,6 +208,11 @@ def fit_parts(
     state = _train(model, parts, config, folder, resume, progress)
     train_inspector(model, parts.train.pixels, config, progress)
     scorer = _learn(model, parts, config, progress)
+    if feedback is not None:
+        scorer = taught(model, scorer, parts.stop.pixels, feedback)
+        say(
+            f"feedback: {len(feedback.normal.names)} normal, {len(feedback.anomalous.names)} anomalous"
+        )
     calibration = calibrate_pixels(model, scorer, parts.conformal.pixels, progress)
     decision = decision_of(config)
     detector = Detector(
@@ -181,10 +225,58 @@ def fit_parts(
         facts=_facts(config, decision, sizes),
     )
     if folder is not None:
-        tables = {"history.csv": state.history, "split.csv": parts.rows()}
+        rows = [*parts.rows(), *([] if feedback is None else feedback.rows())]
+        tables = {"history.csv": state.history, "split.csv": rows}
         detector.save(folder, tables, {"environment.json": environment(device)})
         (folder / store.CHECKPOINT).unlink(missing_ok=True)
     return detector
+
+
+def examples_of(feedback: str | Path | Examples) -> Examples:
+    """The examples of a folder with `normal/`, `anomalous/` or both."""
+    if not isinstance(feedback, str | Path):
+        return feedback
+    kinds = [Path(feedback) / name for name in Examples._fields]
+    if not any(kind.is_dir() for kind in kinds):
+        raise DataError(f"{feedback}: needs a folder normal or anomalous, or both: make one")
+    return Examples(*(find_images(k).paths if k.is_dir() else () for k in kinds))
+
+
+def shown_examples(examples: Examples, config: Config) -> Shown:
+    """The examples decoded; raises `ImageError` for one that cannot be read."""
+    return Shown(*(_shown(sources, config) for sources in examples))
+
+
+def _shown(sources: Sequence[Source], config: Config) -> Part:
+    side, names = config.model.image_size, [name_of(s, i) for i, s in enumerate(sources)]
+    pixels = [load_image(s, side, config.model.resize) for s in sources]
+    whole = np.stack(pixels) if pixels else np.zeros((0, side, side, 3), dtype=np.uint8)
+    return Part(whole, tuple(names), tuple(digest(s) for s in sources))
+
+
+def refuse_shown(shown: Shown, known: Sequence[tuple[str, str]]) -> None:
+    """Raise `DataError` where an example has the content of an image, (sha256, name), of the run."""
+    names = dict(known)
+    for row in shown.rows():
+        if row["sha256"] in names:
+            raise DataError(
+                f"{row['path']}: has the content of {names[row['sha256']]}: an image may teach or "
+                "calibrate, not both: take it out of one side"
+            )
+
+
+def taught(model: VAE, scorer: Scorer, ordinary: Pixels, shown: Shown) -> Scorer:
+    """The scorer with what the examples teach, against normal images that were not trained on."""
+    device = next(model.parameters()).device
+
+    @torch.no_grad()
+    def told(pixels: Pixels) -> Told:
+        return scorer.told(
+            model.evidence(to_batch(batch, device)) for batch in batches(pixels, Silent(), "")
+        )
+
+    kinds = (ordinary, shown.normal.pixels, shown.anomalous.pixels)
+    return scorer.taught(*(told(pixels) for pixels in kinds))
 
 
 def decision_of(config: Config) -> Decision:

@@ -199,9 +199,13 @@ class Fusion:
         weights[self.quantiles.kept] /= (1 + apart.square()).sqrt()
         return replace(self, gap=gap, width=log_width.exp(), weights=weights)
 
+    def standing(self, experts: Tensor) -> Tensor:
+        """Scores (B, K) in deviations from new normal images, (B, K'), without the constant ones."""
+        return (self.quantiles(experts) - self.gap) / self.width
+
     def surprisals(self, experts: Tensor) -> Tensor:
         """Weighted surprisals (B, K) of scores (B, K), nats; 0 where a score was constant."""
-        told = surprisal((self.quantiles(experts) - self.gap) / self.width)
+        told = surprisal(self.standing(experts))
         return _spread(told, self.quantiles.kept, experts.shape[1]) * self.weights
 
     def sides(self, surprisals: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from msvae import maps, scores
 from msvae.evidence import Evidence
+from msvae.feedback import Feedback
 from msvae.fusion import Fusion, TwoSided
 from msvae.maps import Moments, Rarity, ResidualMap, SpatialMap
 from msvae.model import ORDERS, TURNS, VAE
@@ -21,9 +22,11 @@ from msvae.structure import StructureMap, local_statistics
 from msvae.tensors import to_device
 
 Batches = Callable[[], Iterable[Tensor]]  # each call goes over the training images once more
+Told = tuple[Tensor, Tensor]
 
 # What the fusion adds up: a two-sided density of the VAE's statistics, and scores with a direction.
 PLACES = ("residual", "spatial", "structure", "inspection")  # maps: their oddest places
+DEVIATIONS = 8.0  # of a score or statistic, at most, where feedback weighs it
 SAMPLED = 128  # places of each training image that tell what values its maps have
 EXPERTS = (*PLACES, "typicality", "order", "turn", "neighbours")
 
@@ -46,6 +49,7 @@ class Scorer:
     complexity: TwoSided
     typicality: TwoSided
     fusion: Fusion
+    feedback: Feedback  # what labelled examples taught; nothing where there were none
 
     def on(self, device: torch.device) -> "Scorer":
         """A copy whose image-sized parts live on `device`; the fusion stays on the CPU, in double."""
@@ -103,8 +107,30 @@ class Scorer:
         out["bands"] = self.bands(statistics[:, RESIDUAL])
         out["complexity"] = self.complexity(statistics[:, INPUT])
         out["typicality"] = self.typicality(statistics)
-        out["fused"] = self.fusion(torch.stack([out[k] for k in EXPERTS], dim=1))
+        experts = torch.stack([out[k] for k in EXPERTS], dim=1)
+        out["fused"] = self.feedback(self.features(experts, statistics), self.fusion(experts))
         return out
+
+    def features(self, experts: Tensor, statistics: Tensor) -> Tensor:
+        """What feedback weighs, (B, F): experts (B, 8) and statistics (B, 21) as deviations."""
+        told = [self.fusion.standing(experts), self.typicality.quantiles(statistics)]
+        return torch.cat(told, dim=1).clamp(-DEVIATIONS, DEVIATIONS)
+
+    def taught(self, ordinary: Told, normal: Told, anomalous: Told) -> "Scorer":
+        """The same with what examples teach; each is what `told` says of images of that kind."""
+        return replace(self, feedback=Feedback.fit(ordinary, normal, anomalous))
+
+    def told(self, evidence: Iterable[Evidence]) -> Told:
+        """Features (N, F) and fused scores (N,) without feedback, of batches of images."""
+        features, fused = [], []
+        for e in evidence:
+            found = self(e)
+            experts = torch.stack([found[k] for k in EXPERTS], dim=1)
+            features.append(self.features(experts, self.statistics(e, found["mahalanobis"])))
+            fused.append(self.fusion(experts))
+        if not features:
+            return self.feedback.centre.new_zeros(0, len(self.feedback.centre)), torch.zeros(0)
+        return torch.cat(features), torch.cat(fused)
 
     def _weighted(self, reconstruction: Tensor, mahalanobis: Tensor) -> dict[str, Tensor]:
         """The seed method's sum, of min-max normalised terms and as literally written."""
@@ -144,6 +170,8 @@ def learn(model: VAE, batches: Batches, held: Batches, *, alpha: float, beta: fl
         "neighbours": neighbours.to(first["direction"], skip=1),
         **places,
     }
+    fusion = _fuse({k: v.double() for k, v in experts.items()})
+    count = len(fusion.quantiles.kept) + len(typicality.quantiles.kept)
     scorer = Scorer(
         alpha=alpha,
         beta=beta,
@@ -158,7 +186,8 @@ def learn(model: VAE, batches: Batches, held: Batches, *, alpha: float, beta: fl
         bands=TwoSided.fit(statistics[:, RESIDUAL], components=1),
         complexity=TwoSided.fit(statistics[:, INPUT], components=1),
         typicality=typicality,
-        fusion=_fuse({k: v.double() for k, v in experts.items()}),
+        fusion=fusion,
+        feedback=Feedback.none(count),
     ).on(device)
     told = [scorer(model.evidence(x)) for x in held()]
     others = torch.cat([torch.stack([found[k] for k in EXPERTS], dim=1) for found in told])

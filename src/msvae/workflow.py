@@ -21,7 +21,15 @@ from msvae.detector import Detector, EachMap, Maps, Scan
 from msvae.errors import ConfigError, DataError, ImageError
 from msvae.evaluate import Evaluation, evaluate
 from msvae.faithfulness import evenly, faithfulness
-from msvae.fitting import fit
+from msvae.fitting import (
+    Examples,
+    Shown,
+    examples_of,
+    fit,
+    refuse_shown,
+    shown_examples,
+    taught,
+)
 from msvae.progress import Progress, Silent
 from msvae.table import ScoreTable, write_quarantine
 
@@ -152,10 +160,11 @@ def digests_of(paths: Sequence[Path]) -> dict[str, str]:
     return found
 
 
-def write_calibrated(run: Path, normals: Sequence[Path]) -> None:
-    """Keep which images the run was calibrated on, so that none of them is tested on."""
-    rows = [{"path": k, "sha256": v} for k, v in digests_of(normals).items()]
-    files.write_rows(run / CALIBRATED, rows)
+def write_calibrated(run: Path, normals: Sequence[Path], examples: Examples | None = None) -> None:
+    """Keep which images the run was calibrated on, and taught by, so that none is tested on."""
+    shown = [] if examples is None else [Path(p) for kind in examples for p in kind]  # type: ignore[arg-type]
+    known = {**digests_of(normals), **digests_of(shown)}
+    files.write_rows(run / CALIBRATED, [{"path": k, "sha256": v} for k, v in known.items()])
 
 
 def history_of(run: Path) -> list[dict[str, float]]:
@@ -172,9 +181,14 @@ def recalibrate(
     anomalous: Sequence[Any] = (),
     threshold: float | None = None,  # of the weighted score
     target_fpr: float | None = None,
+    feedback: str | Path | Examples | None = None,
+    ordinary: Sequence[Any] = (),
     progress: Progress | None = None,
 ) -> tuple[Detector, Scan]:
     """New thresholds from normal images that were not trained on; the model stays as it is.
+
+    `feedback` are labelled examples, as for `msvae.fit`, that turn the fusion against `ordinary`
+    images: normal ones that are neither trained on nor among `normals`, such as the stop part.
 
     `rule` "f1" chooses the fused threshold that is best on these normals and labelled `anomalous`
     images at equal prevalence; "fixed" flags by the weighted score.
@@ -183,6 +197,10 @@ def recalibrate(
     rank(rate, len(normals))
     if rule == "f1" and not anomalous:
         raise ConfigError("--rule f1 needs labelled anomalies: name them with --anomalous")
+    if feedback is not None:
+        shown = shown_examples(examples_of(feedback), detector.config)
+        refuse_shown(shown, [(content, path) for path, content in digests_of(normals).items()])
+        detector = teach(detector, ordinary, shown)
     peaks: dict[str, list[float]] = {}
 
     def keep(_: str, found: Maps) -> None:
@@ -203,6 +221,27 @@ def recalibrate(
     else:
         decision = Decision("conformal", "fused", rate)
     return detector.recalibrated(calibration, decision), scan
+
+
+def teach(detector: Detector, ordinary: Sequence[Any], shown: Shown) -> Detector:
+    """The detector with its fusion turned to what the examples show; its thresholds are void."""
+    if not len(ordinary):
+        raise DataError("feedback needs ordinary images to tell the examples from: name some")
+    c = detector.config.model
+    pixels = np.stack([load_image(s, c.image_size, c.resize) for s in ordinary])
+    return replace(detector, scorer=taught(detector.model, detector.scorer, pixels, shown))
+
+
+def part_of(run: Path, part: str) -> list[Path]:
+    """The images of a part of the run, where they still lie; `DataError` where one is gone."""
+    paths = [Path(r["path"]) for r in files.read_rows(run / "split.csv") if r["part"] == part]
+    gone = [p for p in paths if not p.is_file()]
+    if gone or not paths:
+        raise DataError(
+            f"{gone[0] if gone else run}: the {part} part of the run is not there any more "
+            f"({len(gone)} images): put it back, or fit again with --feedback"
+        )
+    return paths
 
 
 def refuse_trained(run: Path, normals: Sequence[Path]) -> None:
