@@ -561,19 +561,43 @@ def evaluate_words(run, labelled):
     ]
 
 
+def told(answer, *texts):
+    """The command went through, and said all the texts in one line of its own."""
+    code, lines = answer
+    assert code == 0
+    assert [li for li in lines if li.startswith("msvae: ") and all(t in li for t in texts)]
+
+
+def masked(labelled):
+    """How many masks the evaluation counted."""
+    return json.loads((labelled / "out" / "metrics.json").read_text())["n"]["masks"]
+
+
+@pytest.mark.filterwarnings("default")
 def test_a_mask_without_an_image(made, msvae, labelled):
-    """Is told by its name, before any work."""
+    """Is told by its name and left out; the rest is evaluated."""
     shutil.copy(labelled / "masks" / "00.png", labelled / "masks" / "99.png")
     answer = msvae(*evaluate_words(made / "run", labelled))
-    refused(answer, str(labelled / "masks" / "99.png"), "a mask without an image")
-    assert not (labelled / "out").exists()
+    told(answer, str(labelled / "masks" / "99.png"), "a mask without an image")
+    assert masked(labelled) == 3
 
 
+@pytest.mark.filterwarnings("default")
 def test_a_mask_that_cannot_be_read(made, msvae, labelled):
-    """Is told by its name and the reason."""
+    """Is told by its name; its image counts for the image figures, the rest for all."""
     (labelled / "masks" / "01.png").write_text("no picture")
     answer = msvae(*evaluate_words(made / "run", labelled))
-    refused(answer, str(labelled / "masks" / "01.png"), "not an image")
+    told(answer, str(labelled / "masks" / "01.png"), "cannot be read as a mask")
+    assert masked(labelled) == 2
+
+
+@pytest.mark.filterwarnings("default")
+def test_a_mask_of_another_size(made, msvae, labelled):
+    """The same: where it belongs in the image is not known."""
+    Image.new("L", (31, 32), 255).save(labelled / "masks" / "02.png")
+    answer = msvae(*evaluate_words(made / "run", labelled))
+    told(answer, str(labelled / "masks" / "02.png"), "of its image's size")
+    assert masked(labelled) == 2
 
 
 def test_a_folder_without_masks(made, msvae, labelled):

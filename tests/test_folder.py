@@ -92,10 +92,13 @@ def test_a_tree_without_masks_serves(tmp_path):
         ("test/cut/9.png", "has no mask"),
     ],
 )
-def test_masks_and_images_must_pair(tmp_path, extra, reason):
-    """A mask without its image, or one image without a mask, is refused by name."""
-    with pytest.raises(DataError, match=reason):
-        find_labelled(tree(tmp_path, *MVTEC, extra))
+def test_masks_and_images_should_pair(tmp_path, extra, reason):
+    """A mask without its image, or one image without a mask, is named; the rest serves."""
+    whole = tree(tmp_path, *MVTEC, extra)
+    with pytest.warns(UserWarning, match=reason):
+        samples = find_labelled(whole)
+    masked = [s.mask.name for s in samples if s.mask]
+    assert masked == ["0_mask.png", "1.png"]
 
 
 @pytest.mark.parametrize("left", [(), ("test/good/0.png",), ("test/cut/0.png",), ("a.png",)])
@@ -117,11 +120,12 @@ def test_pairs_of_folders(tmp_path):
     assert [s.mask and s.mask.name for s in third] == [None, "1_mask.png", "2.png"]
 
 
-def test_pairs_refuse_masks_that_fit_nothing(tmp_path):
-    """A masks folder that is empty or speaks of other images is refused."""
-    tree(tmp_path, "n/0.png", "a/1.jpg", "m/7.png")
-    with pytest.raises(DataError, match="mask without an image"):
-        find_pairs(tmp_path / "n", tmp_path / "a", tmp_path / "m")
+def test_pairs_name_masks_that_fit_nothing(tmp_path):
+    """Those of other images are left out and counted; a folder without any is refused."""
+    tree(tmp_path, "n/0.png", "a/1.jpg", "m/7.png", "m/8.png")
+    with pytest.warns(UserWarning, match=r"7.png: is a mask without an image: .* \(2 such\)"):
+        samples = find_pairs(tmp_path / "n", tmp_path / "a", tmp_path / "m")
+    assert [s.mask for s in samples] == [None, None]
     with pytest.raises(DataError, match="no masks"):
         find_pairs(tmp_path / "n", tmp_path / "a", tmp_path / "nothing")
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from msvae import config as settings
 from msvae import explanation, figures, files, metrics, pictures
 from msvae.calibration import Calibration, Decision, rank
-from msvae.data.folder import Sample, find_labelled
+from msvae.data.folder import Sample, find_labelled, warn_of
 from msvae.data.images import digest, image_size, load_image, load_mask, open_image, squared
 from msvae.data.split import check_disjoint
 from msvae.data.textures import write_demo
@@ -131,17 +131,24 @@ def masks_of(samples: Sequence[Sample], size: int, resize: Any) -> NDArray[np.bo
     """The masks at the model's resolution, (N, H, W), empty for images without; None if none has."""
     if not any(s.mask for s in samples):
         return None
-    empty, spool = np.zeros((1, size, size), dtype=bool), files.Spool()
+    spool = files.Spool()
+    wrong = list[Path]()
     for s in samples:
-        spool.add(_mask(s, size, resize)[None] if s.mask else empty)
+        spool.add(_mask(s, size, resize, wrong)[None])
+    if wrong:
+        what = "cannot be read as a mask of its image's size: it counts for the image figures only"
+        warn_of(wrong, what)
     return spool.array()
 
 
-def _mask(sample: Sample, size: int, resize: Any) -> NDArray[np.bool_]:
-    mask = sample.mask
-    if mask is None or image_size(mask) != image_size(sample.path):
-        raise DataError(f"{mask}: has another size than its image {sample.path}: draw it anew")
-    return load_mask(mask, size, resize)
+def _mask(sample: Sample, size: int, resize: Any, wrong: list[Path]) -> NDArray[np.bool_]:
+    """The mask, empty where there is none; one that is no good is put among the `wrong`."""
+    if sample.mask is not None:
+        with suppress(ImageError):
+            if image_size(sample.mask) == image_size(sample.path):
+                return load_mask(sample.mask, size, resize)
+        wrong.append(sample.mask)
+    return np.zeros((size, size), dtype=bool)
 
 
 def refuse_leak(run: Path, samples: Sequence[Sample]) -> None:

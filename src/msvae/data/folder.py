@@ -1,6 +1,7 @@
 """A tree, a list or a glob of files -> paths and labelled samples; masks paired or refused."""
 
 import glob
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,18 +115,22 @@ def _samples(folder: Path, truth: Path) -> list[Sample]:
     if kind == "good":
         return [Sample(p, 0, kind) for p in paths]
     masks = _masks_in(truth)
-    _refuse_lonely(masks, paths)
+    _tell_lonely(masks, paths)
     missing = [p for p in paths if masks and p.stem not in masks]
     if missing:
-        raise DataError(f"{missing[0]}: has no mask in {truth}, where others have: add it")
+        warn_of(missing, "has no mask, where others have: it counts for the image figures only")
     return [Sample(p, 1, kind, masks.get(p.stem) or mask_beside(p)) for p in paths]
 
 
-def _refuse_lonely(masks: dict[str, Path], paths: Sequence[Path]) -> None:
-    if lonely := set(masks) - {p.stem for p in paths}:
-        raise DataError(
-            f"{masks[min(lonely)]}: is a mask without an image: remove it, or add its image"
-        )
+def _tell_lonely(masks: dict[str, Path], paths: Sequence[Path]) -> None:
+    if lonely := sorted(set(masks) - {p.stem for p in paths}):
+        warn_of([masks[k] for k in lonely], "is a mask without an image: left out")
+
+
+def warn_of(paths: Sequence[Path], what: str) -> None:
+    """One line for one or several files with the same fault, which the rest is not to suffer for."""
+    more = f" ({len(paths)} such)" if len(paths) > 1 else ""
+    warnings.warn(f"{paths[0]}: {what}{more}", stacklevel=3)
 
 
 def find_pairs(
@@ -138,7 +143,7 @@ def find_pairs(
         by_stem = _masks_in(Path(masks))
         if not by_stem:
             raise DataError(f"{masks}: holds no masks: name the folder of PNG masks")
-        _refuse_lonely(by_stem, found)
+        _tell_lonely(by_stem, found)
         return (*good, *[Sample(p, 1, "anomalous", by_stem.get(p.stem)) for p in found])
     return (*good, *[Sample(p, 1, "anomalous", mask_beside(p)) for p in found])
 
