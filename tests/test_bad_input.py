@@ -592,6 +592,17 @@ def test_a_mask_that_cannot_be_read(made, msvae, labelled):
 
 
 @pytest.mark.filterwarnings("default")
+def test_no_mask_that_serves(made, msvae, labelled):
+    """The images are evaluated all the same, as without masks."""
+    for path in (labelled / "masks").iterdir():
+        Image.new("L", (31, 32), 255).save(path)
+    told(msvae(*evaluate_words(made / "run", labelled)), "of its image's size", "(3 such)")
+    metrics = json.loads((labelled / "out" / "metrics.json").read_text())
+    assert "maps" not in metrics
+    assert metrics["scores"]["fused"]
+
+
+@pytest.mark.filterwarnings("default")
 def test_a_mask_of_another_size(made, msvae, labelled):
     """The same: where it belongs in the image is not known."""
     Image.new("L", (31, 32), 255).save(labelled / "masks" / "02.png")

@@ -18,25 +18,12 @@ from torch.nn import functional as F
 from msvae import explain as module
 from msvae import fit
 from msvae.calibration import Calibration
-from msvae.config import Config
 from msvae.errors import ImageError
 from msvae.explain import CAM_SCORES, GROUPS, explain_many, gradcams, regions, shapley
 from msvae.explanation import figure
 from msvae.scorer import EXPERTS
 from msvae.train import to_batch
-
-SIDE = 32
-CONFIG = Config().replace(
-    image_size=SIDE,
-    hidden_dims=(8, 12, 16),
-    latent_dim=6,
-    epochs=1,
-    min_steps=0,
-    inspector_steps=2,
-    batch_size=8,
-    target_fpr=0.2,
-    precision="fp32",
-)
+from small import CONFIG, SIDE
 
 
 def smooth_images(n, seed, rows=SIDE, columns=SIDE):

@@ -7,22 +7,9 @@ from scipy.stats import spearmanr
 
 from msvae import explain, fit
 from msvae import faithfulness as module
-from msvae.config import Config
 from msvae.faithfulness import KINDS, LIMIT, evenly, faithfulness, highest
 from msvae.train import to_batch
-
-SIDE = 32
-CONFIG = Config().replace(
-    image_size=SIDE,
-    hidden_dims=(8, 12, 16),
-    latent_dim=6,
-    epochs=1,
-    min_steps=0,
-    inspector_steps=2,
-    batch_size=8,
-    target_fpr=0.2,
-    precision="fp32",
-)
+from small import CONFIG, SIDE
 
 
 def normal_images(n, seed):

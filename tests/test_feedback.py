@@ -10,25 +10,15 @@ from scipy.optimize import minimize
 
 from msvae import fit, load
 from msvae.cli import main
-from msvae.config import Config
 from msvae.errors import DataError
 from msvae.feedback import BOUNDARY, Feedback
 from msvae.fitting import Examples
 from msvae.metrics import auroc
+from msvae.workflow import recalibrate
+from small import CONFIG
 
-SIDE = 32
 FLAGS = "--image-size 32 --hidden-dims 8 12 16 --latent-dim 6 --epochs 1 --min-steps 0"
 FLAGS = [*FLAGS.split(), *["--inspector-steps", "2", "--batch-size", "8", "--target-fpr", "0.2"]]
-CONFIG = Config().replace(
-    image_size=SIDE,
-    hidden_dims=(8, 12, 16),
-    latent_dim=6,
-    epochs=1,
-    min_steps=0,
-    inspector_steps=2,
-    batch_size=8,
-    target_fpr=0.2,
-)
 
 
 def part(seed, n, shift=0.0, level=1.0):
@@ -217,3 +207,17 @@ def test_feedback_needs_its_folders_and_the_runs_images(folders, tmp_path, capsy
     finally:
         moved.rename(folders / "good")
     assert (folders / "run" / "calibration.safetensors").read_bytes() == before
+
+
+def test_arrays_teach_and_calibrate_a_detector_in_memory():
+    """The twin of the command, without a file; an array that does both is refused."""
+    detector = fit(coarse(120, 0), config=CONFIG)
+    shown, ordinary, normals = Examples((), tinted(8, 1)), coarse(20, 5), coarse(30, 6)
+    given = {"rule": "conformal", "feedback": shown, "ordinary": ordinary}
+    after, _ = recalibrate(detector, normals, **given)
+    assert after.scorer.feedback.weights.any()
+    assert after.calibration.n == 30
+    with pytest.raises(DataError, match="may teach or calibrate"):
+        recalibrate(detector, [*normals, shown.anomalous[0]], **given)
+    with pytest.raises(DataError, match="ordinary images"):
+        recalibrate(detector, normals, rule="conformal", feedback=shown)

@@ -14,7 +14,15 @@ from msvae import config as settings
 from msvae import explanation, figures, files, metrics, pictures
 from msvae.calibration import Calibration, Decision, rank
 from msvae.data.folder import Sample, find_labelled, warn_of
-from msvae.data.images import digest, image_size, load_image, load_mask, open_image, squared
+from msvae.data.images import (
+    digest,
+    image_size,
+    load_image,
+    load_mask,
+    name_of,
+    open_image,
+    squared,
+)
 from msvae.data.split import check_disjoint
 from msvae.data.textures import write_demo
 from msvae.detector import Detector, EachMap, Maps, Scan
@@ -128,7 +136,7 @@ def draw_figures(out: Path, table: ScoreTable, history: Sequence[Any]) -> None:
 
 
 def masks_of(samples: Sequence[Sample], size: int, resize: Any) -> NDArray[np.bool_] | None:
-    """The masks at the model's resolution, (N, H, W), empty for images without; None if none has."""
+    """The masks at the model's resolution, (N, H, W), empty for images without; None if all are."""
     if not any(s.mask for s in samples):
         return None
     spool = files.Spool()
@@ -138,7 +146,8 @@ def masks_of(samples: Sequence[Sample], size: int, resize: Any) -> NDArray[np.bo
     if wrong:
         what = "cannot be read as a mask of its image's size: it counts for the image figures only"
         warn_of(wrong, what)
-    return spool.array()
+    masks = spool.array()
+    return masks if masks.any() else None
 
 
 def _mask(sample: Sample, size: int, resize: Any, wrong: list[Path]) -> NDArray[np.bool_]:
@@ -206,7 +215,7 @@ def recalibrate(
         raise ConfigError("--rule f1 needs labelled anomalies: name them with --anomalous")
     if feedback is not None:
         shown = shown_examples(examples_of(feedback), detector.config)
-        refuse_shown(shown, [(content, path) for path, content in digests_of(normals).items()])
+        refuse_shown(shown, [(digest(s), name_of(s, i)) for i, s in enumerate(normals)])
         detector = teach(detector, ordinary, shown)
     peaks: dict[str, list[float]] = {}
 

@@ -1,0 +1,16 @@
+"""The smallest settings under which every part of a detector exists: a fit takes a second."""
+
+from msvae.config import Config
+
+SIDE = 32
+CONFIG = Config().replace(
+    image_size=SIDE,
+    hidden_dims=(8, 12, 16),
+    latent_dim=6,
+    epochs=1,
+    min_steps=0,
+    inspector_steps=2,
+    batch_size=8,
+    target_fpr=0.2,
+    precision="fp32",
+)
