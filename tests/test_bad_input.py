@@ -637,6 +637,15 @@ def test_explaining_an_image_of_another_size_or_mode(mode, made):
     json.dumps(e.to_json(), allow_nan=False)
 
 
+def test_explaining_nothing_that_can_be_read(made, msvae, tmp_path):
+    """One line of error, as for scoring; nothing is written."""
+    bad = tmp_path / "bad.png"
+    bad.write_text("no picture")
+    answer = msvae("explain", made / "run", bad, "--out", tmp_path / "out")
+    refused(answer, str(bad), "none of 1 images could be read")
+    assert not (tmp_path / "out").exists()
+
+
 def test_explaining_by_a_run_without_references(run, made, msvae, tmp_path):
     """The rest is explained, and a note says what is missing; the report is made, too."""
     facts = json.loads((run / "config.json").read_text())

@@ -324,7 +324,10 @@ def map_writer(out: Path, paths: Sequence[str], detector: Detector) -> EachMap:
 def write_explanations(
     detector: Detector, paths: Sequence[str], out: Path, progress: Progress
 ) -> tuple[list[Path], list[ImageError]]:
-    """`<stem>.png` and `<stem>.json` of each image; a path hash in the stem where stems collide."""
+    """`<stem>.png` and `<stem>.json` of each image; a path hash in the stem where stems collide.
+
+    Raises `DataError` when none of them can be read.
+    """
     stems = files.unique_stems(paths)
     written: list[Path] = []
     refused: list[ImageError] = []
@@ -338,4 +341,6 @@ def write_explanations(
         files.write_bytes(target, figures.as_bytes(explanation.figure(explained), "png"))
         files.write_json(target.with_suffix(".json"), explained.to_json())
         written.append(target)
+    if not written:
+        raise DataError(f"none of {len(paths)} images could be read, first {refused[0]}")
     return written, refused
