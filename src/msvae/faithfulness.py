@@ -26,7 +26,7 @@ from msvae.train import to_batch
 KINDS = ("reconstruction", *PLACES, "fused", "gradcam_fused", "hirescam_fused")
 JUDGED = ("fused", "spatial")  # the scores that have to fall
 SHARE = 0.1  # of the pixels is replaced
-LIMIT = 48  # images looked at, evenly chosen
+LIMIT = 100  # images looked at, evenly chosen
 PIXELS = 16 * 128 * 128  # at once: Grad-CAM keeps every activation
 
 Rows = dict[str, list[float]]
@@ -62,9 +62,9 @@ def faithfulness(
     return {k: {"images": len(pixels)} | _summed(rows) for k, rows in told.items() if rows}
 
 
-def evenly(rows: Sequence[int]) -> list[int]:
-    """At most `LIMIT` of the rows, evenly spaced."""
-    at = np.linspace(0, len(rows) - 1, min(LIMIT, len(rows))).round().astype(int)
+def evenly(rows: Sequence[int], limit: int = LIMIT) -> list[int]:
+    """At most `limit` of the rows, evenly spaced."""
+    at = np.linspace(0, len(rows) - 1, min(limit, len(rows))).round().astype(int)
     return [int(rows[i]) for i in at]
 
 

@@ -28,7 +28,7 @@ from msvae.data.textures import write_demo
 from msvae.detector import Detector, EachMap, Maps, Scan
 from msvae.errors import ConfigError, DataError, ImageError
 from msvae.evaluate import Evaluation, evaluate
-from msvae.faithfulness import evenly, faithfulness
+from msvae.faithfulness import LIMIT, evenly, faithfulness
 from msvae.fitting import (
     Examples,
     Shown,
@@ -43,6 +43,7 @@ from msvae.table import ScoreTable, write_quarantine
 
 Say = Callable[[str], None]
 CALIBRATED = "calibrated.csv"  # in a run: the images of its last calibration
+DEMO_TESTED = 24  # images whose maps the demo tests: it has to be quick
 MAP_SIDE = 512  # px of a map's picture at most
 
 
@@ -64,8 +65,12 @@ def evaluate_samples(
     seconds: dict[str, float] | None = None,
     progress: Progress | None = None,
     history: Sequence[dict[str, Any]] = (),
+    tested: int = LIMIT,
 ) -> Evaluated:
-    """Score labelled images; write `metrics.json`, `scores.csv`, `quarantine.csv` and the figures."""
+    """Score labelled images; write `metrics.json`, `scores.csv`, `quarantine.csv` and the figures.
+
+    The maps of at most `tested` anomalous images are tested.
+    """
     began = time.perf_counter()
     progress, masked = progress or Silent(), any(s.mask for s in samples)
     scan = detector.scan([s.path for s in samples], with_maps=masked, progress=progress)
@@ -91,8 +96,8 @@ def evaluate_samples(
     )
     scan = replace(scan, table=table)
     write_evaluation(out, evaluation.to_json(), scan, history)
-    tested = tested_maps(detector, kept, masks, progress)
-    evaluation = replace(evaluation, explanations=tested)
+    figures_of_maps = tested_maps(detector, kept, masks, tested, progress)
+    evaluation = replace(evaluation, explanations=figures_of_maps)
     files.write_json(out / "metrics.json", evaluation.to_json())
     return Evaluated(evaluation, scan, masks)
 
@@ -101,11 +106,12 @@ def tested_maps(
     detector: Detector,
     samples: Sequence[Sample],
     masks: NDArray[np.bool_] | None,
+    limit: int,
     progress: Progress,
 ) -> dict[str, dict[str, float]]:
-    """Do the maps explain? On an even choice of the anomalous images."""
+    """Do the maps explain? On an even choice of at most `limit` anomalous images."""
     c = detector.config.model
-    rows = evenly([i for i, s in enumerate(samples) if s.label == 1])
+    rows = evenly([i for i, s in enumerate(samples) if s.label == 1], limit)
     pixels = np.stack([load_image(samples[i].path, c.image_size, c.resize) for i in rows])
     held = None if masks is None else masks[rows]
     return faithfulness(detector, pixels, held, progress=progress)
@@ -296,6 +302,7 @@ def demonstrate(out: Path, *, seed: int, progress: Progress, say: Say) -> Demons
         seconds=seconds,
         progress=progress,
         history=history_of(out),
+        tested=DEMO_TESTED,
     )
     return Demonstration(detector, evaluated, images)
 
