@@ -161,7 +161,8 @@ def test_scores_and_decisions_are_those_of_scoring(detector, images, explained):
 
 @pytest.fixture(scope="module")
 def cams(detector, images, evidence):
-    return gradcams(detector, to_batch(np.stack(images), detector.device), evidence)
+    x = to_batch(np.stack(images), detector.device)
+    return gradcams(detector, x, evidence, detector.scorer.maps(evidence))
 
 
 def test_every_score_is_put_into_words(detector, explained):
@@ -184,7 +185,8 @@ def test_gradcam_by_hand(detector, images, name):
     x = to_batch(np.stack(images), detector.device)
     with torch.no_grad():
         evidence = model.evidence(x)
-    cam = gradcams(replace(detector, model=model), x, evidence)[f"gradcam_{name}"]
+    drawn = gradcams(replace(detector, model=model), x, evidence, scorer.maps(evidence))
+    cam = drawn[f"gradcam_{name}"]
     features = [f.detach() for f in evidence.features]
     top = features[-1].requires_grad_()
     mu, logvar = model.posterior(top)
@@ -204,9 +206,7 @@ def test_gradcam_by_hand(detector, images, name):
     assert top.shape[-1] == SIDE // 4
     if name == "fused":
         each = (gradient * top).sum(dim=1, keepdim=True).detach()
-        cam = torch.cat(
-            [cam, gradcams(replace(detector, model=model), x, evidence)["hirescam_fused"]]
-        )
+        cam = torch.cat([cam, drawn["hirescam_fused"]])
         expected = torch.cat(
             [expected, F.interpolate(each, size=(SIDE, SIDE), mode="bilinear")[:, 0]]
         )
@@ -236,7 +236,9 @@ def test_gradcam_needs_the_learned_weights(detector, images, cams, name):
     x = to_batch(np.stack(images), detector.device)
     with torch.no_grad():
         e = model.evidence(x)
-    others = gradcams(replace(detector, model=model), x, e)[f"gradcam_{name}"]
+    others = gradcams(replace(detector, model=model), x, e, detector.scorer.maps(e))[
+        f"gradcam_{name}"
+    ]
     agreement = [
         stats.spearmanr(a.flatten().numpy(), b.flatten().numpy()).statistic
         for a, b in zip(cams[f"gradcam_{name}"], others, strict=True)

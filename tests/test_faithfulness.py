@@ -165,7 +165,9 @@ def test_only_the_vaes_own_embedding_has_gradients(plain, detector, spoilt):
         with torch.no_grad():
             e = d.model.evidence(to_batch(spoilt[0], d.device))
         leaf = e.embedding.clone().requires_grad_()
-        told = explain._differentiable(d.scorer, "fused", e)(e._replace(embedding=leaf)).sum()
+        told = explain._differentiable(d.scorer, "fused", e, d.scorer.maps(e))(
+            e._replace(embedding=leaf)
+        ).sum()
         assert told.requires_grad == seen
         if seen:
             assert torch.autograd.grad(told, leaf)[0].any()

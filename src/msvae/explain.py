@@ -23,7 +23,7 @@ from msvae.model import VAE
 from msvae.pictures import Map
 from msvae.progress import Progress, Silent
 from msvae.references import References
-from msvae.scorer import EXPERTS, PLACES, Scorer
+from msvae.scorer import EXPERTS, PLACES, Scorer, at_size
 from msvae.table import ScoreTable
 from msvae.train import to_batch
 from msvae.wording import reading
@@ -111,7 +111,7 @@ def _explain_batch(
         shares = shapley(detector.scorer, e, told)
         detail = fine_detail(detector.scorer, e)
     if gradcam:
-        found |= gradcams(detector, x, e)
+        found |= gradcams(detector, x, e, found)
     arrays = {k: v.cpu().numpy().astype(np.float32) for k, v in found.items()}
     drawn = (e.recon.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
     table = detector.table([name for name, _, _ in read], values)
@@ -223,7 +223,11 @@ def regions(
 
 
 def gradcams(
-    detector: Explainable, x: Tensor, e: Evidence, names: Sequence[str] = CAM_SCORES
+    detector: Explainable,
+    x: Tensor,
+    e: Evidence,
+    found: dict[str, Tensor],
+    names: Sequence[str] = CAM_SCORES,
 ) -> dict[str, Tensor]:
     """Grad-CAM of each of the scores `names` for images (B, 3, S, S), (B, S, S) each, signed.
 
@@ -231,8 +235,8 @@ def gradcams(
     gradient of the *score* by the channel (Selvaraju et al. 2017, eq. 1 and 2, without the
     rectifier): above 0 where the evidence raises the score. `hirescam_fused` has the gradient at
     the place itself in place of w_k (HiResCAM, Draelos & Carin 2020): what a place does, not what
-    its channels do on average. The companion and the inspector have encoders of their own: what
-    they say is held fixed.
+    its channels do on average. The companion and the inspector have encoders of their own, and the
+    structure map reads the picture: what they say, `e` and the maps `found`, is held fixed.
     """
     from captum.attr import LayerGradCam, LayerGradientXActivation
 
@@ -240,7 +244,7 @@ def gradcams(
     stage = max(1, sum(f.shape[-1] >= x.shape[-1] // 4 for f in e.features)) - 1
     out = {}
     for name in names:
-        told = _differentiable(scorer, name, e)
+        told = _differentiable(scorer, name, e, found)
 
         def score(inputs: Tensor, told: Callable[[Evidence], Tensor] = told) -> Tensor:
             return told(model(inputs))
@@ -262,14 +266,20 @@ def _only(given: Tensor | tuple[Tensor, ...]) -> Tensor:
     return given[0] if isinstance(given, tuple) else given
 
 
-def _differentiable(scorer: Scorer, name: str, known: Evidence) -> Callable[[Evidence], Tensor]:
+def _differentiable(
+    scorer: Scorer, name: str, known: Evidence, found: dict[str, Tensor]
+) -> Callable[[Evidence], Tensor]:
     """The score as a function of the VAE's evidence, (B,); the companion's part is the known one."""
 
     def whole(e: Evidence) -> Tensor:
         joined = e._replace(pretext=known.pretext, inspection=known.inspection)
         if known.pretext.shape[1]:  # otherwise the embedding is the VAE's own
             joined = joined._replace(embedding=known.embedding)
-        return scorer(joined)[name].float()
+        seen = {
+            "residual": scorer.residual(e),
+            "spatial": at_size(scorer.spatial(e), e.x.shape[-1]),
+        }
+        return scorer(joined, {**found, **seen})[name].float()
 
     direct: dict[str, Callable[[Evidence], Tensor]] = {
         "mahalanobis": scorer.mahalanobis,

@@ -112,7 +112,7 @@ def _maps(detector: Detector, x: Tensor) -> tuple[Evidence, dict[str, Tensor]]:
     with torch.no_grad():
         e = detector.model.evidence(x)
         found = detector.scorer.maps(e)
-    return e, found | gradcams(detector, x, e, names=("fused",))
+    return e, found | gradcams(detector, x, e, found, names=("fused",))
 
 
 @torch.no_grad()
