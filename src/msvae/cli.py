@@ -198,8 +198,10 @@ def _calibrate(options: argparse.Namespace) -> int:
     detector = load(options.run)
     if not options.normals and options.feedback is None:
         raise ConfigError("calibrate needs NORMALS: normal images that were not trained on")
-    own = part_of(options.run, "conformal") if not options.normals else ()
-    normals = own or find_images(options.normals).paths
+    if options.normals:
+        normals: Sequence[Path] = find_images(options.normals).paths
+    else:
+        normals = part_of(options.run, "conformal")
     refuse_trained(options.run, normals)
     examples = None if options.feedback is None else examples_of(options.feedback)
     detector, scan = recalibrate(

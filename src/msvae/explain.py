@@ -109,7 +109,7 @@ def _explain_batch(
         values = {k: v.numpy() for k, v in told.items()}
         found["difference"] = maps.signed_difference(e)
         shares = shapley(detector.scorer, e, told)
-        detail = fine_detail(detector.scorer, e)
+        detail = fine_detail(detector.scorer, e, told)
     if gradcam:
         found |= gradcams(detector, x, e, found)
     arrays = {k: v.cpu().numpy().astype(np.float32) for k, v in found.items()}
@@ -175,13 +175,16 @@ def readings(
     return out
 
 
-def fine_detail(scorer: Scorer, e: Evidence) -> NDArray[np.float64]:
-    """The share of training images with less fine detail (energy of the finest luma band), (B,)."""
+def fine_detail(scorer: Scorer, e: Evidence, values: dict[str, Tensor]) -> NDArray[np.float64]:
+    """The share of training images with less fine detail (energy of the finest luma band), (B,).
+
+    `values` are the evidence's scores.
+    """
     quantiles = scorer.typicality.quantiles
     column = GROUPS["image bands"][0]
     if column not in quantiles.kept.tolist():
         return np.full(len(e.x), 0.5)
-    z = quantiles(scorer.statistics(e, scorer.mahalanobis(e)))
+    z = quantiles(scorer.statistics(e, values["mahalanobis"]))
     share = torch.special.ndtr(z[:, quantiles.kept.tolist().index(column)])
     least = 1 / (len(quantiles.knots[0]) + 1)
     return share.clamp(least, 1 - least).numpy()
@@ -303,9 +306,9 @@ def shapley(scorer: Scorer, e: Evidence, values: dict[str, Tensor]) -> dict[str,
     `values` are the evidence's scores.
 
     Exact Shapley values (Shapley 1953): they, "ordinary image" and what "feedback" changed, where
-    there was any, add up to the score. A group that
-    is left out takes the value of the median normal image. The fused score is the sum of two sides,
-    so each side is a game of its own; the density of the statistics is four players of the second.
+    there was any, add up to the score. A group that is left out takes the value of the median
+    normal image. The fused score is the sum of two sides, so each side is a game of its own; the
+    density of the statistics is four players of the second.
     """
     fusion, density = scorer.fusion, scorer.typicality
     told = fusion.surprisals(torch.stack([values[k] for k in EXPERTS], dim=1))
@@ -338,7 +341,7 @@ def shapley(scorer: Scorer, e: Evidence, values: dict[str, Tensor]) -> dict[str,
         shares |= {p: _shapley_value(p, games, len(players)) for p in players}
         rest = rest + games[frozenset()]
     shares["ordinary image"] = rest
-    if scorer.feedback.weights.any():
+    if scorer.feedback.learned:
         shares["feedback"] = values["fused"] - fusion.sides(told).sum(dim=1)
     return shares
 

@@ -63,6 +63,11 @@ class Feedback:
         weights = _most_likely(x, logit, target.to(x), heft.to(x), prior)
         return cls(centre, scale, weights * spread)
 
+    @property
+    def learned(self) -> bool:
+        """Whether any example has taught anything."""
+        return bool(self.weights.any())
+
     def standardised(self, features: Tensor) -> Tensor:
         """φ of features (B, F)."""
         return ((features - self.centre) / self.scale).clamp(-CLIP, CLIP)

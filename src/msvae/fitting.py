@@ -48,11 +48,16 @@ GroupBy = str | Callable[[Sequence[str]], list[str]]
 
 @dataclass(frozen=True)
 class Part:
-    """Decoded normal images of one purpose."""
+    """Decoded images of one purpose."""
 
     pixels: Pixels  # (N, S, S, 3)
     names: tuple[str, ...]
     digests: tuple[str, ...]
+
+    def rows(self, part: str) -> list[dict[str, str]]:
+        """One row an image, as in `split.csv`, for the purpose `part`."""
+        pairs = zip(self.names, self.digests, strict=True)
+        return [{"path": name, "part": part, "sha256": digest} for name, digest in pairs]
 
 
 @dataclass(frozen=True)
@@ -65,13 +70,8 @@ class Parts:
 
     def rows(self) -> list[dict[str, str]]:
         """One row an image, as in `split.csv`."""
-        return [
-            {"path": name, "part": part, "sha256": digest}
-            for part in ("train", "stop", "conformal")
-            for name, digest in zip(
-                getattr(self, part).names, getattr(self, part).digests, strict=True
-            )
-        ]
+        kinds = ("train", "stop", "conformal")
+        return [row for kind in kinds for row in getattr(self, kind).rows(kind)]
 
 
 @dataclass(frozen=True)
@@ -83,12 +83,7 @@ class Shown:
 
     def rows(self) -> list[dict[str, str]]:
         """One row an image, as in `split.csv`."""
-        both = [(p.names, p.digests) for p in (self.normal, self.anomalous)]
-        return [
-            {"path": name, "part": FEEDBACK, "sha256": digest}
-            for names, digests in both
-            for name, digest in zip(names, digests, strict=True)
-        ]
+        return [*self.normal.rows(FEEDBACK), *self.anomalous.rows(FEEDBACK)]
 
 
 def fit(
@@ -111,8 +106,8 @@ def fit(
     named `preset`), with single `settings_changed` by name, decides the rest. `group_by` is a
     regular expression on the path (images with the same match stay in the same part), or a function
     from all names to their groups. `feedback` is a folder with `normal/`, `anomalous/` or both, or
-    the two as `Examples`: labelled images that turn the fusion to what they show. `resume`
-    continues an interrupted fit of the same images and settings. `say` hears what is chosen.
+    the two as `Examples`: labelled images that turn the fusion to what they show. `resume` continues
+    an interrupted fit of the same images and settings. `say` hears what is chosen.
 
     Raises `DataError`, `ConfigError`, `RateError` or `RunError`, each with the remedy.
     """

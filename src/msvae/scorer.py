@@ -108,7 +108,9 @@ class Scorer:
         out["complexity"] = self.complexity(statistics[:, INPUT])
         out["typicality"] = self.typicality(statistics)
         experts = torch.stack([out[k] for k in EXPERTS], dim=1)
-        out["fused"] = self.feedback(self.features(experts, statistics), self.fusion(experts))
+        out["fused"] = self.fusion(experts)
+        if self.feedback.learned:  # otherwise its features would be read for nothing
+            out["fused"] = self.feedback(self.features(experts, statistics), out["fused"])
         return out
 
     def features(self, experts: Tensor, statistics: Tensor) -> Tensor:

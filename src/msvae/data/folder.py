@@ -1,4 +1,4 @@
-"""A tree, a list or a glob of files -> paths and labelled samples; masks paired or refused."""
+"""A tree, a list or a glob of files -> paths and labelled samples; masks paired, or named."""
 
 import glob
 import warnings
