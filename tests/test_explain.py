@@ -5,7 +5,7 @@ import json
 import re
 from dataclasses import replace
 from functools import cache
-from itertools import permutations
+from itertools import combinations
 
 import numpy as np
 import pytest
@@ -18,11 +18,11 @@ from torch.nn import functional as F
 from msvae import explain as module
 from msvae import fit
 from msvae.calibration import Calibration
+from msvae.compute import to_batch
 from msvae.errors import ImageError
 from msvae.explain import CAM_SCORES, GROUPS, explain_many, gradcams, regions, shapley
 from msvae.explanation import figure
 from msvae.scorer import EXPERTS
-from msvae.train import to_batch
 from small import CONFIG, SIDE
 
 
@@ -95,7 +95,7 @@ def told_by_scipy(fusion, row, values):
 
 
 def test_shapley_is_the_average_over_all_orders(detector, evidence):
-    """Each share is the marginal contribution to its side, averaged over all orders of joining."""
+    """Each share is the marginal contribution to the score, averaged over all orders of joining."""
     scorer, fusion = detector.scorer, detector.scorer.fusion
     found = shapley(scorer, evidence, scorer(evidence))
     values = {k: v.numpy() for k, v in scorer(evidence).items()}
@@ -118,32 +118,38 @@ def test_shapley_is_the_average_over_all_orders(detector, evidence):
             seen[:, columns] = z[:, columns]
         return told_by_scipy(fusion, row, scorer.typicality.density(seen).numpy())
 
-    rest = 0
-    for names in (EXPERTS[: fusion.local], EXPERTS[fusion.local :]):
-        count = sum(weights[EXPERTS.index(n)] for n in names)
-        players = [n for n in names if n != "typicality"]
-        players += groups if "typicality" in names else ()
+    told = cache(told)
+    places, picture = EXPERTS[: fusion.local], EXPERTS[fusion.local :]
+    count = sum(weights[EXPERTS.index(n)] for n in places)
 
-        @cache
-        def worth(coalition, names=names, count=count):
-            if names[0] != EXPERTS[0]:
-                norm = np.sqrt(sum(told(n, coalition) ** 2 for n in names))
-                return np.logaddexp(0, norm - 2)
-            total = sum(told(n, coalition) for n in names)
-            far = total - (count - 1) * np.log(total) + special.gammaln(count)
-            tail = np.where(total > 300, far, -stats.gamma(count).logsf(total.clip(0, 300)))
-            return np.logaddexp(0, tail - np.log(50))
+    @cache
+    def of_places(coalition):
+        total = sum(told(n, coalition) for n in places)
+        far = total - (count - 1) * np.log(total) + special.gammaln(count)
+        tail = np.where(total > 300, far, -stats.gamma(count).logsf(total.clip(0, 300)))
+        return np.logaddexp(0, tail - np.log(50))
 
-        expected = dict.fromkeys(players, 0.0)
-        orders = list(permutations(players))
-        for order in orders:
-            for i, name in enumerate(order):
-                joined = worth(frozenset(order[: i + 1]))
-                expected[name] += (joined - worth(frozenset(order[:i]))) / len(orders)
-        for name, value in expected.items():
-            np.testing.assert_allclose(found[name].numpy(), value, rtol=1e-3, atol=1e-4)
-        rest = rest + worth(frozenset())
-    np.testing.assert_allclose(found["ordinary image"].numpy(), rest, atol=1e-6)
+    @cache
+    def of_picture(coalition):
+        norm = sum(told(n, coalition) ** 1.5 for n in picture) ** (1 / 1.5)
+        return np.logaddexp(0, norm - 2)
+
+    def worth(coalition):
+        team = frozenset(places)
+        return np.hypot(of_places(coalition & team), of_picture(coalition - team))
+
+    players = [*places, *(n for n in picture if n != "typicality"), *groups]
+    for player in players:
+        others = [n for n in players if n != player]
+        value = 0
+        for size in range(len(players)):  # every set of those that came before, as likely as it is
+            gains = [
+                worth(frozenset((*before, player))) - worth(frozenset(before))
+                for before in combinations(others, size)
+            ]
+            value = value + np.mean(gains, axis=0) / len(players)
+        np.testing.assert_allclose(found[player].numpy(), value, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(found["ordinary image"].numpy(), worth(frozenset()), atol=1e-6)
 
 
 def test_scores_and_decisions_are_those_of_scoring(detector, images, explained):

@@ -7,8 +7,8 @@ from scipy.stats import spearmanr
 
 from msvae import explain, fit
 from msvae import faithfulness as module
+from msvae.compute import to_batch
 from msvae.faithfulness import KINDS, LIMIT, evenly, faithfulness, highest
-from msvae.train import to_batch
 from small import CONFIG, SIDE
 
 

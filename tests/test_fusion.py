@@ -241,13 +241,13 @@ def test_the_surprisals_are_those_of_the_ranks():
 
 
 def test_the_fused_score_by_hand():
-    """Places: a gamma tail (scipy's) above the 2 % level; the picture: a Euclidean norm above 2."""
+    """Places: a gamma tail (scipy's) above the 2 % level; the picture: a 1.5-norm above 2; joined."""
     x = ranks(0, 100, 4)
     fusion = Fusion.fit(x, WEIGHTS, 2)
     told = fusion.surprisals(x).numpy()
     places = np.logaddexp(0, -gamma(1.5).logsf(told[:, :2].sum(axis=1)) - np.log(50))
-    picture = np.logaddexp(0, np.sqrt((told[:, 2:] ** 2).sum(axis=1)) - 2)
-    np.testing.assert_allclose(fusion(x), places + picture, rtol=1e-9)
+    picture = np.logaddexp(0, (told[:, 2:] ** 1.5).sum(axis=1) ** (1 / 1.5) - 2)
+    np.testing.assert_allclose(fusion(x), np.hypot(places, picture), rtol=1e-9)
 
 
 @pytest.mark.parametrize("count", [0.3, 1.0, 2.5, 4.0, 7.0])

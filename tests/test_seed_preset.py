@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from msvae import fitting, load
+from msvae import load
 from msvae import train as training
 from msvae.config import preset
 from msvae.fitting import Part, Parts, fit_parts
@@ -32,7 +32,6 @@ def fitted(tmp_path_factory):
     config = preset("seed").replace(batch_size=4, epochs=1, min_steps=0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training, "SHORTEST_EPOCH", 2)
-        patch.setattr(fitting, "BATCH", 4)
         detector = fit_parts(Parts(part(8, 0), part(1, 1), part(2, 2)), config, folder)
     yield detector, folder
     shutil.rmtree(folder)

@@ -8,10 +8,11 @@ import torch
 from torch.nn import functional as F
 
 from msvae import store
+from msvae.compute import to_batch
 from msvae.config import AugmentConfig, Config, TrainConfig
 from msvae.errors import TrainingError
 from msvae.model import ORDERS, VAE
-from msvae.train import State, Trainer, learning_rate, to_batch, train, transform
+from msvae.train import State, Trainer, learning_rate, train, transform
 
 SMALL = Config().replace(
     image_size=16,

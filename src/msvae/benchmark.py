@@ -24,7 +24,7 @@ from msvae.detector import Detector, Pixels, Scan
 from msvae.errors import ConfigError, DataError
 from msvae.evaluate import Evaluation, evaluate
 from msvae.faithfulness import evenly, faithfulness
-from msvae.fitting import Part, Parts, Shown, batches, check_free, fit, fit_parts
+from msvae.fitting import Images, Part, Parts, Shown, batches, check_free, fit, fit_parts
 from msvae.progress import Progress
 from msvae.table import ScoreTable
 from msvae.workflow import Evaluated, evaluate_samples, history_of, write_evaluation
@@ -106,7 +106,7 @@ def flowers_cifar10(
         history = history_of(out / protocol)
         judged = out / protocol / "evaluation"
         write_evaluation(judged, evaluation.to_json(), scan, history)
-        rows = evenly(range(len(data.test_anomalous.pixels)))
+        rows = np.array(evenly(range(len(data.test_anomalous.pixels))))
         tested = faithfulness(detector, data.test_anomalous.pixels[rows], progress=progress)
         evaluation = replace(evaluation, explanations=tested)
         files.write_json(judged / "metrics.json", evaluation.to_json())
@@ -147,7 +147,7 @@ def load_flowers_cifar(
 
 def _part(decoded: Decoded, rows: Sequence[int]) -> Part:
     names = tuple(decoded.names[i] for i in rows)
-    return Part(decoded.pixels[list(rows)], names, tuple(decoded.digests[i] for i in rows))
+    return Part(decoded.some(rows), names, tuple(decoded.digests[i] for i in rows))
 
 
 def _resized(image: Pixels, side: int) -> Pixels:
@@ -162,7 +162,7 @@ def measure(
 ) -> tuple[Evaluation, Scan]:
     """One protocol judged; the first and only look at the test part."""
 
-    def scored(pixels: Pixels, task: str) -> dict[str, Any]:
+    def scored(pixels: Images, task: str) -> dict[str, Any]:
         return detector.run(batches(pixels, progress, task))[0]
 
     began = time.perf_counter()

@@ -7,6 +7,7 @@ computes, and leaves printing and files to others.
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ from torch import Tensor
 
 from msvae import explain, references, store
 from msvae.calibration import Calibration, Decision, needed, rank
+from msvae.compute import batch_of, choose_device, compute_type, in_parallel, to_batch
 from msvae.config import Config, from_dict
+from msvae.data.cache import decoders
 from msvae.data.images import Source, load_image, name_of
 from msvae.errors import DataError, ImageError, RunError
 from msvae.explanation import Explanation
@@ -28,10 +31,6 @@ from msvae.references import References
 from msvae.scorer import Scorer
 from msvae.table import ScoreTable
 from msvae.tensors import flatten, unflatten
-from msvae.train import choose_device, to_batch
-
-BATCH = 64
-WORKERS = 2
 
 Pixels = NDArray[np.uint8]
 Maps = dict[str, NDArray[np.float32]]
@@ -63,6 +62,11 @@ class Detector:
     def device(self) -> torch.device:
         """Where the model lives."""
         return next(self.model.parameters()).device
+
+    @cached_property
+    def scoring(self) -> VAE:
+        """The model as it scores: frozen, in the precision that pays on this device."""
+        return self.model.frozen(compute_type(self.config.train, self.device))
 
     def score(
         self, images: Source | Sequence[Source], *, target_fpr: float | None = None
@@ -115,7 +119,7 @@ class Detector:
             given += len(maps["fused"])
 
         each = None if each_map is None else hand_out
-        scores, maps = run(self.model, self.scorer, batches, with_maps=with_maps, each=each)
+        scores, maps = run(self.scoring, self.scorer, batches, with_maps=with_maps, each=each)
         if not names:
             raise DataError(f"none of {len(sources)} images could be read, first {refused[0]}")
         return Scan(self.table(names, scores, target_fpr=target_fpr), tuple(refused), maps)
@@ -138,7 +142,7 @@ class Detector:
         self, batches: Iterable[Pixels], *, with_maps: bool = False
     ) -> tuple[dict[str, NDArray[np.float64]], Maps]:
         """Every score, and every map if asked for, of batches of pixels (B, S, S, 3)."""
-        return run(self.model, self.scorer, batches, with_maps=with_maps)
+        return run(self.scoring, self.scorer, batches, with_maps=with_maps)
 
     def _decoded(
         self,
@@ -157,9 +161,10 @@ class Detector:
             except ImageError as error:
                 return error
 
-        with ThreadPoolExecutor(WORKERS) as pool:
-            starts = range(0, len(sources), BATCH)
-            chunks = [range(s, min(s + BATCH, len(sources))) for s in starts]
+        size = batch_of(c.image_size)
+        with ThreadPoolExecutor(decoders()) as pool:
+            starts = range(0, len(sources), size)
+            chunks = [range(s, min(s + size, len(sources))) for s in starts]
             ahead = [pool.map(one, chunks[0])]
             ticks = iter(progress.track(range(len(sources)), "scoring", len(sources)))
             for i, chunk in enumerate(chunks):
@@ -236,7 +241,6 @@ def load(folder: str | Path, device: torch.device | None = None) -> Detector:
     )
 
 
-@torch.inference_mode()
 def run(
     model: VAE,
     scorer: Scorer,
@@ -247,15 +251,21 @@ def run(
 ) -> tuple[dict[str, NDArray[np.float64]], Maps]:
     """Every score (N,), and every map (N, H, W) if asked for, of batches of pixels (B, S, S, 3).
 
-    The maps lie on disk, memory-mapped. `each` is called with the maps of each batch.
+    `model` is a frozen one (`Detector.scoring`). The maps lie on disk, memory-mapped. `each` is
+    called with the maps of each batch.
     """
     device = next(model.parameters()).device
     scores: dict[str, list[NDArray[np.float64]]] = {}
     maps: dict[str, Spool] = {}
-    for pixels in batches:
+
+    @torch.inference_mode()
+    def work(pixels: Pixels) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         e = model.evidence(to_batch(pixels, device))
         found = scorer.maps(e)
-        for name, value in scorer(e, found).items():
+        return scorer(e, found), found
+
+    for told, found in in_parallel(work, batches, device):
+        for name, value in told.items():
             scores.setdefault(name, []).append(value.numpy())
         if not with_maps and each is None:
             continue

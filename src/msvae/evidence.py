@@ -15,4 +15,4 @@ class Evidence(NamedTuple):
     features: tuple[Tensor, ...]  # (B, C_i, H_i, W_i) encoder maps, fine to coarse
     embedding: Tensor  # (B, E) what the nearest-neighbour score compares
     inspection: Tensor  # (B, H, W) log-odds of a defect at each pixel; (B, 0, 0) without inspector
-    pretext: Tensor  # (B, T) -log p(true transformation), nats; T = 0 without the companion
+    pretext: Tensor  # (B, 2 T) -log p of T true orders, T true turns, nats; T = 0: no companion

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from itertools import combinations
 from math import factorial
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -13,8 +14,9 @@ from torch.nn import functional as F
 
 from msvae import maps, scores
 from msvae.calibration import Calibration, conformal_p
+from msvae.compute import to_batch
 from msvae.config import Config, Resize
-from msvae.data.images import Pixels, Source, load_image, name_of, open_image
+from msvae.data.images import Pixels, Source, load_image, name_of, open_image, read_bytes
 from msvae.errors import ImageError
 from msvae.evidence import Evidence
 from msvae.explanation import Explanation, Nearest, Region, placed
@@ -25,7 +27,6 @@ from msvae.progress import Progress, Silent
 from msvae.references import References
 from msvae.scorer import EXPERTS, PLACES, Scorer, at_size
 from msvae.table import ScoreTable
-from msvae.train import to_batch
 from msvae.wording import reading
 
 BATCH = 32
@@ -43,7 +44,11 @@ class Explainable(Protocol):
 
     @property
     def model(self) -> VAE:
-        """The network."""
+        """The network, for gradients."""
+
+    @property
+    def scoring(self) -> VAE:
+        """The network as it scores."""
 
     @property
     def scorer(self) -> Scorer:
@@ -87,9 +92,11 @@ def explain_many(
     ticks = (progress or Silent()).track(sources, "explaining", len(sources))
     for i, source in enumerate(ticks):
         try:
-            whole = open_image(source, name_of(source, i))
-            small = load_image(whole, c.image_size, c.resize)
-            read.append((name_of(source, i), np.asarray(whole), small))
+            name = name_of(source, i)
+            data = read_bytes(source) if isinstance(source, str | Path) else None
+            whole = np.asarray(open_image(source, name, data))
+            small = load_image(source, c.image_size, c.resize, name=name, data=data)
+            read.append((name, whole, small))
         except ImageError as error:
             refused.append(error)
         if len(read) == BATCH or i == len(sources) - 1:
@@ -103,7 +110,7 @@ def _explain_batch(
 ) -> list[Explanation]:
     x = to_batch(np.stack([small for _, _, small in read]), detector.device)
     with torch.no_grad():
-        e = detector.model.evidence(x)
+        e = detector.scoring.evidence(x)
         found = detector.scorer.maps(e)
         told = detector.scorer(e, found)
         values = {k: v.numpy() for k, v in told.items()}
@@ -307,8 +314,8 @@ def shapley(scorer: Scorer, e: Evidence, values: dict[str, Tensor]) -> dict[str,
 
     Exact Shapley values (Shapley 1953): they, "ordinary image" and what "feedback" changed, where
     there was any, add up to the score. A group that is left out takes the value of the median
-    normal image. The fused score is the sum of two sides, so each side is a game of its own; the
-    density of the statistics is four players of the second.
+    normal image. The fused score joins two sides, and each is worked out once for every coalition
+    of its own players only; the density of the statistics is four players of the second.
     """
     fusion, density = scorer.fusion, scorer.typicality
     told = fusion.surprisals(torch.stack([values[k] for k in EXPERTS], dim=1))
@@ -333,16 +340,15 @@ def shapley(scorer: Scorer, e: Evidence, values: dict[str, Tensor]) -> dict[str,
         seen[:, place["typicality"]] = typicality[coalition & frozenset(GROUPS)]
         return fusion.sides(seen)[:, side]
 
-    shares: dict[str, Tensor] = {}
-    rest = torch.zeros_like(values["fused"])
     others = tuple(k for k in plain if k not in PLACES)
-    for side, players in enumerate((PLACES, (*others, *GROUPS))):
-        games = {c: play(c, side) for c in _coalitions(players)}
-        shares |= {p: _shapley_value(p, games, len(players)) for p in players}
-        rest = rest + games[frozenset()]
-    shares["ordinary image"] = rest
+    teams = (PLACES, (*others, *GROUPS))
+    sides = [[play(c, side) for c in _coalitions(players)] for side, players in enumerate(teams)]
+    first, second = (torch.stack(values) for values in sides)
+    game = torch.hypot(first[:, None], second[None, :])  # of every pair of coalitions, (16, 128, B)
+    shares = _shapley_values(teams, game)
+    shares["ordinary image"] = game[0, 0]
     if scorer.feedback.learned:
-        shares["feedback"] = values["fused"] - fusion.sides(told).sum(dim=1)
+        shares["feedback"] = values["fused"] - fusion.sides(told).norm(dim=1)
     return shares
 
 
@@ -366,13 +372,24 @@ def _coalitions(players: tuple[str, ...]) -> list[frozenset[str]]:
     return [frozenset(c) for size in sizes for c in combinations(players, size)]
 
 
-def _shapley_value(player: str, games: dict[frozenset[str], Tensor], n: int) -> Tensor:
-    total = torch.zeros_like(games[frozenset()])
-    for coalition, value in games.items():
-        if player not in coalition:
-            weight = factorial(len(coalition)) * factorial(n - len(coalition) - 1) / factorial(n)
-            total = total + weight * (games[coalition | {player}] - value)
-    return total
+def _shapley_values(teams: tuple[tuple[str, ...], ...], game: Tensor) -> dict[str, Tensor]:
+    """Each player's share (B,), from the game's value for every pair of coalitions of two teams."""
+    n = sum(len(team) for team in teams)
+    coalitions = [_coalitions(team) for team in teams]
+    sizes = [torch.tensor([len(c) for c in side]) for side in coalitions]
+    weights = torch.tensor([factorial(k) * factorial(n - k - 1) / factorial(n) for k in range(n)])
+    shares = {}
+    for axis, (team, own) in enumerate(zip(teams, coalitions, strict=True)):
+        place = {c: i for i, c in enumerate(own)}
+        for player in team:
+            without = [i for i, c in enumerate(own) if player not in c]
+            joined = [place[own[i] | {player}] for i in without]
+            gain = game.index_select(axis, torch.tensor(joined))
+            gain = gain - game.index_select(axis, torch.tensor(without))
+            here, there = sizes[axis][without], sizes[1 - axis]
+            counts = here[:, None] + there if axis == 0 else there[:, None] + here
+            shares[player] = (gain * weights[counts][..., None]).sum(dim=(0, 1))
+    return shares
 
 
 def nearest(detector: Explainable, e: Evidence) -> list[tuple[Nearest, ...]]:

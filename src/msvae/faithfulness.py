@@ -15,13 +15,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from msvae.compute import to_batch
 from msvae.detector import Detector, Pixels
 from msvae.evidence import Evidence
 from msvae.explain import gradcams
 from msvae.model import VAE
 from msvae.progress import Progress, Silent
 from msvae.scorer import PLACES
-from msvae.train import to_batch
 
 KINDS = ("reconstruction", *PLACES, "fused", "gradcam_fused", "hirescam_fused")
 JUDGED = ("fused", "spatial")  # the scores that have to fall
@@ -110,7 +110,7 @@ def _batch(
 def _maps(detector: Detector, x: Tensor) -> tuple[Evidence, dict[str, Tensor]]:
     """The evidence of images (B, 3, S, S), and every map of `KINDS` (B, S, S)."""
     with torch.no_grad():
-        e = detector.model.evidence(x)
+        e = detector.scoring.evidence(x)
         found = detector.scorer.maps(e)
     return e, found | gradcams(detector, x, e, found, names=("fused",))
 
@@ -130,7 +130,7 @@ def highest(found: Tensor) -> Tensor:
 @torch.no_grad()
 def _replaced(detector: Detector, e: Evidence, gone: Tensor) -> Evidence:
     """The evidence of the images whose pixels in `gone` (B, S, S) are their reconstruction's."""
-    return detector.model.evidence(torch.where(gone[:, None], e.recon.clamp(0, 1), e.x))
+    return detector.scoring.evidence(torch.where(gone[:, None], e.recon.clamp(0, 1), e.x))
 
 
 def _rank_correlation(a: Tensor, b: Tensor) -> list[float]:

@@ -4,8 +4,9 @@ Test images cannot come in here: `Parts` holds train, stop and conformal pixels 
 """
 
 import platform
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,22 +18,24 @@ from torch.nn import functional as F
 from msvae import config as settings
 from msvae import files, store
 from msvae.calibration import Calibration, Decision, rank
+from msvae.compute import batch_of, choose_device, compute_type, to_batch
 from msvae.config import Config
-from msvae.data.cache import decode, default_cache_dir
+from msvae.data.cache import Selected, decode, default_cache_dir
 from msvae.data.folder import find_images
 from msvae.data.images import Source, digest, load_image, name_of
 from msvae.data.split import group_names, split_by_content
-from msvae.detector import BATCH, Detector, Maps, Pixels, run
+from msvae.detector import Detector, Maps, Pixels, run
 from msvae.errors import ConfigError, DataError, ImageError, RunError
 from msvae.model import VAE
 from msvae.progress import Progress, Silent
 from msvae.references import References
 from msvae.scorer import Scorer, Told, learn
 from msvae.table import write_quarantine
-from msvae.train import State, choose_device, to_batch, train, train_inspector
+from msvae.train import State, train, train_inspector
 
 REFERENCES = 1000  # training images whose thumbnails are kept
 THUMBNAIL = 32
+CHECKPOINT_SHARE = 0.02  # of the training time goes into checkpoints
 FEEDBACK = "feedback"  # the part of labelled examples
 
 
@@ -43,6 +46,7 @@ class Examples(NamedTuple):
     anomalous: Sequence[Source]
 
 
+Images = Pixels | Selected
 GroupBy = str | Callable[[Sequence[str]], list[str]]
 
 
@@ -50,7 +54,7 @@ GroupBy = str | Callable[[Sequence[str]], list[str]]
 class Part:
     """Decoded images of one purpose."""
 
-    pixels: Pixels  # (N, S, S, 3)
+    pixels: Images  # (N, S, S, 3)
     names: tuple[str, ...]
     digests: tuple[str, ...]
 
@@ -169,7 +173,7 @@ def split_images(
 
     def part(rows: Sequence[int]) -> Part:
         names = tuple(decoded.names[i] for i in rows)
-        return Part(decoded.pixels[list(rows)], names, tuple(decoded.digests[i] for i in rows))
+        return Part(decoded.some(rows), names, tuple(decoded.digests[i] for i in rows))
 
     return Parts(part(split.train), part(split.stop), part(split.conformal)), decoded.quarantine
 
@@ -202,13 +206,14 @@ def fit_parts(
     )
     state = _train(model, parts, config, folder, resume, progress)
     train_inspector(model, parts.train.pixels, config, progress)
-    scorer = _learn(model, parts, config, progress)
+    scoring = model.frozen(compute_type(config.train, device))
+    scorer = _learn(scoring, parts, config, progress)
     if feedback is not None:
-        scorer = taught(model, scorer, parts.stop.pixels, feedback)
+        scorer = taught(scoring, scorer, parts.stop.pixels, feedback)
         say(
             f"feedback: {len(feedback.normal.names)} normal, {len(feedback.anomalous.names)} anomalous"
         )
-    calibration = calibrate_pixels(model, scorer, parts.conformal.pixels, progress)
+    calibration = calibrate_pixels(scoring, scorer, parts.conformal.pixels, progress)
     decision = decision_of(config)
     detector = Detector(
         config=config,
@@ -216,7 +221,7 @@ def fit_parts(
         scorer=scorer,
         calibration=calibration,
         decision=decision,
-        references=_references(model, scorer, parts.train),
+        references=_references(scoring, scorer, parts.train),
         facts=_facts(config, decision, sizes),
     )
     if folder is not None:
@@ -260,12 +265,12 @@ def refuse_shown(shown: Shown, known: Sequence[tuple[str, str]]) -> None:
             )
 
 
-def taught(model: VAE, scorer: Scorer, ordinary: Pixels, shown: Shown) -> Scorer:
+def taught(model: VAE, scorer: Scorer, ordinary: Images, shown: Shown) -> Scorer:
     """The scorer with what the examples teach, against normal images that were not trained on."""
     device = next(model.parameters()).device
 
     @torch.no_grad()
-    def told(pixels: Pixels) -> Told:
+    def told(pixels: Images) -> Told:
         return scorer.told(
             model.evidence(to_batch(batch, device)) for batch in batches(pixels, Silent(), "")
         )
@@ -286,7 +291,7 @@ def decision_of(config: Config) -> Decision:
     return Decision("conformal", "fused", d.target_fpr)
 
 
-def calibrate_pixels(model: VAE, scorer: Any, pixels: Pixels, progress: Progress) -> Calibration:
+def calibrate_pixels(model: VAE, scorer: Any, pixels: Images, progress: Progress) -> Calibration:
     """Scores and map maxima of held-out normal images."""
     peaks: dict[str, list[Any]] = {}
 
@@ -298,8 +303,9 @@ def calibrate_pixels(model: VAE, scorer: Any, pixels: Pixels, progress: Progress
     return Calibration(scores, {k: np.concatenate(v) for k, v in peaks.items()})
 
 
-def batches(pixels: Pixels, progress: Progress, task: str, size: int = BATCH) -> Iterator[Pixels]:
-    """The pixels, batch by batch, with progress."""
+def batches(pixels: Images, progress: Progress, task: str) -> Iterator[Pixels]:
+    """The pixels, as many at a time as are scored together, with progress."""
+    size = batch_of(pixels[:1].shape[1])
     starts = range(0, len(pixels), size)
     for first in progress.track(starts, task, len(starts)):
         yield pixels[first : first + size]
@@ -324,24 +330,51 @@ def _train(
     state = None
     if resume and folder is not None:
         state = _resumed(folder, identity)
+    keeper = None if folder is None else _Keeper(folder, identity)
+    try:
+        return train(
+            model,
+            parts.train.pixels,
+            parts.stop.pixels,
+            config,
+            state=state,
+            save=keeper or (lambda now: None),
+            progress=progress,
+        )
+    except BaseException:  # an interruption too
+        if keeper is not None:
+            keeper.flush()
+        raise
 
-    def save(now: State) -> None:
-        if folder is None:
-            return
-        numbers = {k: v for k, v in asdict(now).items() if k != "tensors"}
-        store.write_checkpoint(folder, now.tensors, {"identity": identity, "state": numbers})
-        if not store.is_run(folder):  # one that is being replaced stays whole until the end
-            files.write_rows(folder / "history.csv", now.history)
 
-    return train(
-        model,
-        parts.train.pixels,
-        parts.stop.pixels,
-        config,
-        state=state,
-        save=save,
-        progress=progress,
-    )
+class _Keeper:
+    """Writes the checkpoint of a training: often enough, and no more often than it can afford.
+
+    What is written holds all weights three times; after every short epoch it would take as long as
+    the training. An interrupted training writes the last epoch on its way out.
+    """
+
+    def __init__(self, folder: Path, identity: dict[str, Any]) -> None:
+        self.folder, self.identity = folder, identity
+        self.due, self.latest, self.written = 0.0, State(), 0
+
+    def __call__(self, now: State) -> None:
+        """Take the state after an epoch."""
+        self.latest = replace(now, history=list(now.history))
+        if not store.is_run(self.folder):  # one that is being replaced stays whole until the end
+            files.write_rows(self.folder / "history.csv", now.history)
+        if time.monotonic() >= self.due:
+            began = time.monotonic()
+            self.flush()
+            self.due = time.monotonic() + (time.monotonic() - began) / CHECKPOINT_SHARE
+
+    def flush(self) -> None:
+        """Write the latest state, unless that was done."""
+        if self.latest.epoch > self.written:
+            numbers = {k: v for k, v in vars(self.latest).items() if k != "tensors"}
+            facts = {"identity": self.identity, "state": numbers}
+            store.write_checkpoint(self.folder, self.latest.tensors, facts)
+            self.written = self.latest.epoch
 
 
 def _resumed(folder: Path, identity: dict[str, Any]) -> State:
@@ -368,6 +401,7 @@ def _learn(model: VAE, parts: Parts, config: Config, progress: Progress) -> Any:
                 for b in batches(parts.train.pixels, progress, "learning scores")
             ),
             lambda: (to_batch(b, device) for b in batches(parts.stop.pixels, Silent(), "")),
+            count=len(parts.train.names),
             alpha=config.decide.alpha,
             beta=config.train.beta,
         )

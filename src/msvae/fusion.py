@@ -16,7 +16,8 @@ KNOTS = 129
 TAIL = 0.1  # the outer tenth of the references sets the slope beyond the outermost one
 COMPONENTS = (1, 2, 4, 8, 16)
 KNEE = math.log(50)  # nats: one in fifty normal images
-PLAIN = 2.0  # nats: the norm of four surprisals of full weight of an ordinary picture
+PLAIN = 2.0  # nats: the norm of the surprisals of an ordinary picture, about
+BETWEEN = 1.5  # the norm: 1 would be the sum, infinity the greatest
 PER_COMPONENT = 150  # images needed for each component of the mixture
 
 
@@ -159,9 +160,10 @@ class Fusion:
 
     The first `local` scores are of maps, the oddest of many places, which vary on normal images
     without meaning: their sum (Fisher 1932) counts by its excess over the level that one in fifty
-    normal images reaches, with a soft knee. The others look at the whole picture: of them the
-    Euclidean norm counts, between their sum (many weak hints) and their greatest (one sure sign),
-    by its excess over an ordinary picture's.
+    normal images reaches, with a soft knee. The others look at the whole picture: of them a norm
+    counts, between their sum (many weak hints) and their greatest (one sure sign), by its excess
+    over an ordinary picture's. The two sides are joined by the Euclidean norm: added, the noise of
+    one would drown what the other is sure of.
     The scores need not be independent: the conformal p-value of the result is right all the same.
     """
 
@@ -214,12 +216,12 @@ class Fusion:
         said[self.quantiles.kept] = self.weights[self.quantiles.kept]
         places = surprisals[:, : self.local].sum(dim=1)
         excess = F.softplus(tail_of_sum(places, float(said[: self.local].sum())) - KNEE)
-        whole = F.softplus(surprisals[:, self.local :].norm(dim=1) - PLAIN)
+        whole = F.softplus(surprisals[:, self.local :].norm(p=BETWEEN, dim=1) - PLAIN)
         return torch.stack([excess, whole], dim=1)
 
     def __call__(self, experts: Tensor) -> Tensor:
         """(B, K) -> (B,), nats."""
-        return self.sides(self.surprisals(experts)).sum(dim=1)
+        return self.sides(self.surprisals(experts)).norm(dim=1)
 
 
 def tail_of_sum(total: Tensor, count: float) -> Tensor:

@@ -5,6 +5,7 @@ the fitted maps are distances from what normal images show at the same place.
 """
 
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from math import log
 
 import torch
@@ -18,6 +19,7 @@ SHRINKAGES = (0.02, 0.1, 0.3, 0.6, 0.95)
 FLOOR = 1e-8
 RARITY_KNOTS = 65
 RARITY_STEP = log(1000) / (RARITY_KNOTS - 1)  # nats from knot to knot: the last is 1 place in 1000
+RARITY_TABLE = 2048
 RARITY_BEND = round(log(50) / RARITY_STEP)  # the knot that 1 place in 50 reaches
 ODDEST = 0.05  # share of the places that make a map's score
 
@@ -50,14 +52,24 @@ def oddest(maps: Tensor) -> Tensor:
 
 
 def smooth(maps: Tensor, sigma: float) -> Tensor:
-    """Gaussian blur of maps (B, H, W), edges mirrored; `sigma` in pixels of the map."""
-    radius = min(max(1, round(3 * sigma)), maps.shape[-1] - 1, maps.shape[-2] - 1)
-    at = torch.arange(-radius, radius + 1, device=maps.device, dtype=maps.dtype)
+    """Gaussian blur of maps (B, H, W), edges mirrored; `sigma` in pixels of the map.
+
+    A product with a matrix on either side: on a CPU several times faster than convolutions of one
+    channel.
+    """
+    down, across = (blurring(n, sigma).to(maps) for n in maps.shape[-2:])
+    return down @ (maps @ across.T)
+
+
+@lru_cache(maxsize=64)
+def blurring(n: int, sigma: float) -> Tensor:
+    """The matrix (n, n) of a Gaussian blur of n values, mirrored at both ends."""
+    radius = min(max(1, round(3 * sigma)), n - 1)
+    at = torch.arange(-radius, radius + 1, dtype=torch.float64)
     kernel = (-0.5 * (at / sigma).square()).exp()
     kernel = kernel / kernel.sum()
-    out = F.pad(maps[:, None], (radius, radius, radius, radius), mode="reflect")
-    out = F.conv2d(F.conv2d(out, kernel[None, None, None, :]), kernel[None, None, :, None])
-    return out[:, 0]
+    mirrored = F.pad(torch.eye(n, dtype=torch.float64)[None], (radius, radius), mode="reflect")[0]
+    return F.conv1d(mirrored[:, None], kernel[None, None])[:, 0].T.float().contiguous()
 
 
 def enlarge(maps: Tensor, side: int) -> Tensor:
@@ -85,18 +97,35 @@ class Rarity:
         at = ((1 - reached) * (len(ordered) - 1)).round().long()
         return cls(ordered[at].T.float().contiguous())
 
+    @cached_property
+    def table(self) -> Tensor:
+        """(K, T): the rarity of T values evenly spaced from the first knot to the last.
+
+        To look a value up is twenty times as fast as to search for it among the knots.
+        """
+        share = torch.linspace(0, 1, RARITY_TABLE, device=self.knots.device)
+        low, top = self.knots[:, :1], self.knots[:, -1:]
+        return self._between((low + (top - low) * share).contiguous())
+
+    def _between(self, values: Tensor) -> Tensor:
+        """(K, N) -> (K, N) for values between the knots; for equal knots the last of them."""
+        at = torch.searchsorted(self.knots, values).clamp(1, self.knots.shape[1] - 1)
+        low, high = self.knots.gather(1, at - 1), self.knots.gather(1, at)
+        return (at - 1 + ((values - low) / (high - low).clamp_min(1e-12)).clamp(0, 1)) * RARITY_STEP
+
     def __call__(self, found: Tensor) -> Tensor:
         """(K, B, H, W) -> the same; 0 for a map that is constant on normal images."""
-        knots, last = self.knots.to(found.device), self.knots.shape[1] - 1
-        flat = found.flatten(1).contiguous()
-        at = torch.searchsorted(knots, flat).clamp(1, last)
-        low, high = knots.gather(1, at - 1), knots.gather(1, at)
-        between = ((flat - low) / (high - low).clamp_min(1e-12)).clamp(0, 1)
-        top, bend = knots[:, -1:], knots[:, RARITY_BEND][:, None]
-        run = torch.maximum(top - bend, 0.01 * (top - knots[:, :1])).clamp_min(1e-12)
-        beyond = (flat - top).clamp_min(0) / run * (last - RARITY_BEND)
-        told = (at - 1 + between + beyond) * RARITY_STEP
-        varies = (top > knots[:, :1]).to(told.dtype)
+        knots, last = self.knots, self.knots.shape[1] - 1
+        flat = found.flatten(1)
+        low, top, bend = knots[:, :1], knots[:, -1:], knots[:, RARITY_BEND][:, None]
+        span = (top - low).clamp_min(1e-12)
+        place = ((flat - low) * ((RARITY_TABLE - 1) / span)).clamp(0, RARITY_TABLE - 1.001)
+        at = place.long()
+        least, steps = self.table[:, :-1], self.table.diff(dim=1)
+        told = least.gather(1, at) + (place - at) * steps.gather(1, at)
+        run = torch.maximum(top - bend, 0.01 * (top - low)).clamp_min(1e-12)
+        told += (flat - top).clamp_min(0) * ((last - RARITY_BEND) * RARITY_STEP / run)
+        varies = (top > low).to(told.dtype)
         return (told * varies).view_as(found)
 
 
@@ -206,7 +235,7 @@ class SpatialMap:
     def stack(e: Evidence) -> Tensor:
         """The three finest maps beside each other at a quarter of the side, (B, C, h, w)."""
         side = max(e.x.shape[-1] // 4, 2)
-        return torch.cat([_to_side(f, side) for f in e.features[:3]], dim=1)
+        return torch.cat([_to_side(f, side).float() for f in e.features[:3]], dim=1)
 
     @classmethod
     def local(cls, e: Evidence, mix: Tensor) -> Tensor:

@@ -5,19 +5,26 @@ transformed x ─ companion ─► embedding (B,E) ─► order (B,6), turn (B,4
 x with imagined defects ─ inspector ─► log-odds of a defect at each pixel (B,H,W)
 """
 
+from copy import deepcopy
 from itertools import pairwise, permutations
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from msvae.config import ModelConfig
 from msvae.evidence import Evidence
 
 ORDERS = tuple(permutations(range(3)))  # ORDERS[0] leaves the channels as they are
 TURNS = (0, 1, 2, 3)  # quarter turns
+# How an image is shown to the companion when it is scored, (order, turn) each: every turn once, with
+# four of the orders, in four passes. All 24 of them rank no better, one for each order and each turn
+# (nine passes) neither (LOG.md).
+SHOWN = ((0, 0), (1, 1), (3, 2), (4, 3))
 
 LOGVAR_RANGE = (-12.0, 8.0)
+EXACT = ("to_mu", "to_logvar", "to_pixels.0", "companion.head")  # layers kept in float32
 
 
 def _stage(width_in: int, width: int, stride: int, batch_norm: bool) -> nn.Sequential:
@@ -50,10 +57,10 @@ class Companion(nn.Module):
 
     Self-supervision after Gidaris et al. 2018 and Golan & El-Yaniv 2018. It has an encoder of its
     own: sharing the VAE's cost it 0.06 AUROC and saved no time, as the transformed images need a
-    pass of their own anyway (LOG.md). It looks at no more than 64 px: orders and turns show there.
+    pass of their own anyway (LOG.md). It looks at no more than 32 px: orders and turns show there.
     """
 
-    SIDE = 64
+    SIDE = 32
     WIDTHS = (32, 64, 128, 256)
 
     def __init__(self) -> None:
@@ -63,15 +70,19 @@ class Companion(nn.Module):
             self.stem.append(nn.Sequential(_stage(wide, narrow, 2, True), Residual(narrow, True)))
         self.head = nn.Linear(self.WIDTHS[-1], len(ORDERS) + len(TURNS))
 
+    def reduced(self, x: Tensor) -> Tensor:
+        """Images (B, 3, S, S) at the size that it looks at."""
+        if x.shape[-1] <= self.SIDE:
+            return x
+        return F.interpolate(x, size=(self.SIDE, self.SIDE), mode="area")
+
     def embed(self, x: Tensor) -> Tensor:
         """(B, 3, S, S) in [0, 1] -> (B, E)."""
-        if x.shape[-1] > self.SIDE:
-            x = F.interpolate(x, size=(self.SIDE, self.SIDE), mode="area")
-        h = x - 0.5
-        for i, stage in enumerate(self.stem):
-            # Above 32 px the first stage runs at half the resolution, which costs what 32 px cost.
-            h = F.avg_pool2d(stage(h), 2) if i == 0 and x.shape[-1] > 32 else stage(h)
-        return h.mean(dim=(2, 3))
+        x = self.reduced(x)
+        h = (x - 0.5).to(_dtype(self))
+        for stage in self.stem:
+            h = stage(h)
+        return h.mean(dim=(2, 3)).float()
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Log-probabilities of the orders (B, 6) and of the turns (B, 4)."""
@@ -110,7 +121,7 @@ class Inspector(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Log-odds of a defect at each pixel, (B, S, S), of images (B, 3, S, S) in [0, 1]."""
-        h, maps = x - 0.5, []
+        h, maps = (x - 0.5).to(_dtype(self)), []
         for down in self.downs:
             h = down(h)
             maps.append(h)
@@ -154,7 +165,7 @@ class VAE(nn.Module):
     def encode(self, x: Tensor) -> tuple[Tensor, ...]:
         """Maps of every stage, fine to coarse, of images (B, 3, H, W) in [0, 1]."""
         maps = []
-        h = x - 0.5
+        h = (x - 0.5).to(_dtype(self.stages))
         for stage in self.stages:
             h = stage(h)
             maps.append(h)
@@ -162,13 +173,15 @@ class VAE(nn.Module):
 
     def posterior(self, top: Tensor) -> tuple[Tensor, Tensor]:
         """mu and logvar, (B, Z) each, from the coarsest map."""
-        flat = self.dropout(top.flatten(1))
+        flat = self.dropout(top.flatten(1)).to(self.to_mu.weight.dtype)
         return self.to_mu(flat), self.to_logvar(flat).clamp(*LOGVAR_RANGE)
 
     def decode(self, z: Tensor) -> Tensor:
         """Decoder mean (B, 3, H, W) in (0, 1) of latents (B, Z)."""
-        h = self.dropout(self.from_latent(z)).unflatten(1, (-1, self.side, self.side))
-        recon: Tensor = self.to_pixels(self.ups(h)).sigmoid()
+        h = self.dropout(self.from_latent(z.to(self.from_latent.weight.dtype)))
+        h = h.unflatten(1, (-1, self.side, self.side))
+        h = self.ups(h).to(_dtype(self.to_pixels))
+        recon: Tensor = self.to_pixels(h).float().sigmoid()
         return recon
 
     def forward(self, x: Tensor, noise: Tensor | None = None) -> Evidence:
@@ -176,7 +189,7 @@ class VAE(nn.Module):
         features = self.encode(x)
         mu, logvar = self.posterior(features[-1])
         z = mu if noise is None else mu + noise * (0.5 * logvar).exp()
-        embedding = features[-1].mean(dim=(2, 3))
+        embedding = features[-1].mean(dim=(2, 3)).float()
         b = len(x)
         inspection, pretext = x.new_zeros(b, 0, 0), x.new_zeros(b, 0)
         return Evidence(x, self.decode(z), mu, logvar, features, embedding, inspection, pretext)
@@ -191,15 +204,45 @@ class VAE(nn.Module):
         e = self.inspected(x)
         if self.companion is None:
             return e
-        embedding = self.companion.embed(x)
-        return e._replace(embedding=embedding, pretext=_verdicts(self.companion, x, embedding))
+        embedding, pretext = _verdicts(self.companion, x)
+        return e._replace(embedding=embedding, pretext=pretext)
+
+    def frozen(self, dtype: torch.dtype) -> "VAE":
+        """A copy for scoring, in `dtype`: batch norms folded into their convolutions, no gradients.
+
+        What becomes a number at once (latents, log-probabilities) stays in float32.
+        """
+        copy = deepcopy(self).eval().requires_grad_(False)
+        for block in [m for m in copy.modules() if isinstance(m, nn.Sequential)]:
+            _fold(block)
+        for name, part in copy.named_modules():
+            if isinstance(part, nn.Conv2d | nn.ConvTranspose2d | nn.Linear) and name not in EXACT:
+                part.to(dtype)
+        return copy.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
-def _verdicts(companion: Companion, x: Tensor, embedding: Tensor) -> Tensor:
-    """-log p of the true transformation for every order and every turn, (B, 6 + 4), nats."""
-    order, turn = companion.tell(embedding)
-    orders = [order[:, 0]]
-    orders += [companion(x[:, c])[0][:, k] for k, c in enumerate(ORDERS) if k]
-    turns = [turn[:, 0]]
-    turns += [companion(x.rot90(k, dims=(2, 3)))[1][:, k] for k in TURNS[1:]]
-    return -torch.stack(orders + turns, dim=1)
+def _fold(block: nn.Sequential) -> None:
+    """Take a batch norm behind a convolution into its weights."""
+    for i, (conv, norm) in enumerate(pairwise(list(block))):
+        if isinstance(norm, nn.BatchNorm2d) and isinstance(conv, nn.Conv2d | nn.ConvTranspose2d):
+            up = isinstance(conv, nn.ConvTranspose2d)
+            block[i] = fuse_conv_bn_eval(conv, norm, transpose=up)
+            block[i + 1] = nn.Identity()
+
+
+def _dtype(module: nn.Module) -> torch.dtype:
+    """What the module computes in: the type of its first weights."""
+    return next(module.parameters()).dtype
+
+
+def _verdicts(companion: Companion, x: Tensor) -> tuple[Tensor, Tensor]:
+    """The embedding (B, E) of the untouched image, and -log p of the orders and turns `SHOWN`.
+
+    (B, 4 + 4), nats.
+    """
+    x = companion.reduced(x)
+    embeddings = [companion.embed(x[:, ORDERS[k]].rot90(t, dims=(2, 3))) for k, t in SHOWN]
+    told = [companion.tell(e) for e in embeddings]
+    orders = [order[:, k] for (order, _), (k, _) in zip(told, SHOWN, strict=True)]
+    turns = [turn[:, t] for (_, turn), (_, t) in zip(told, SHOWN, strict=True)]
+    return embeddings[0], -torch.stack(orders + turns, dim=1).float()

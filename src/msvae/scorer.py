@@ -18,7 +18,7 @@ from msvae.fusion import Fusion, TwoSided
 from msvae.maps import Moments, Rarity, ResidualMap, SpatialMap
 from msvae.model import ORDERS, TURNS, VAE
 from msvae.scores import Mahalanobis, Neighbours
-from msvae.structure import StructureMap, local_statistics
+from msvae.structure import StructureMap, local_statistics, thinning
 from msvae.tensors import to_device
 
 Batches = Callable[[], Iterable[Tensor]]  # each call goes over the training images once more
@@ -27,7 +27,8 @@ Told = tuple[Tensor, Tensor]
 # What the fusion adds up: a two-sided density of the VAE's statistics, and scores with a direction.
 PLACES = ("residual", "spatial", "structure", "inspection")  # maps: their oddest places
 DEVIATIONS = 8.0  # of a score or statistic, at most, where feedback weighs it
-SAMPLED = 128  # places of each training image that tell what values its maps have
+SAMPLED = 128  # places of each training image that tell what values its maps have, at most
+SAMPLE = 1 << 20  # places of all of them together, at most
 EXPERTS = (*PLACES, "typicality", "order", "turn", "neighbours")
 
 
@@ -146,14 +147,16 @@ class Scorer:
 RESIDUAL, INPUT = slice(0, 8), slice(8, 16)  # columns of `Scorer.statistics`
 
 
-def learn(model: VAE, batches: Batches, held: Batches, *, alpha: float, beta: float) -> Scorer:
-    """Learn every score's parameters from the training images, in two passes over `batches`.
+def learn(
+    model: VAE, batches: Batches, held: Batches, *, count: int, alpha: float, beta: float
+) -> Scorer:
+    """Learn every score's parameters from `count` training images, in two passes over `batches`.
 
-    `held` are the normal images of the stop part: they tell how much higher those score that were
-    not trained on.
+    What is kept of each image is a few hundred numbers. `held` are the normal images of the stop
+    part: they tell how much higher those score that were not trained on.
     """
     device = next(model.parameters()).device
-    first = _Gathered(model, batches)
+    first = _Gathered(model, batches, count)
     mahalanobis = Mahalanobis.fit(first["mu"])
     distance = mahalanobis.distance(first["mu"], leave_out=True)
     log_distance = (distance[:, None] + scores.FLOOR).log()
@@ -163,7 +166,7 @@ def learn(model: VAE, batches: Batches, held: Batches, *, alpha: float, beta: fl
     residual = to_device(ResidualMap.fit(first.residual), device)
     spatial = to_device(SpatialMap.fit(first.local, first.mix), device)
     structure = to_device(StructureMap.fit(first["structure"]), device)
-    places, rarity = _measure_maps(model, batches, residual, spatial, structure)
+    places, rarity = _measure_maps(model, batches, count, residual, spatial, structure)
     typicality = TwoSided.fit(statistics)
     experts = {
         "typicality": typicality.left_out(statistics),
@@ -217,12 +220,16 @@ def _fuse(experts: dict[str, Tensor]) -> Fusion:
 class _Gathered:
     """What the first pass over the training images keeps of each, and of every place."""
 
-    def __init__(self, model: VAE, batches: Batches) -> None:
+    def __init__(self, model: VAE, batches: Batches, count: int) -> None:
         rows: dict[str, list[Tensor]] = {}
+        seen, step = 0, thinning(count)
         for i, x in enumerate(batches()):
             e = model.evidence(x)
             for name, value in self._of(e).items():
                 rows.setdefault(name, []).append(value.cpu())
+            kept = x[-seen % step :: step]
+            rows.setdefault("structure", []).append(local_statistics(kept).cpu())
+            seen += len(x)
             raw = ResidualMap.raw(e).flatten(1)[:, :, None]
             if i == 0:
                 self.mix = SpatialMap.projection(SpatialMap.stack(e).shape[1]).to(x.device)
@@ -247,13 +254,13 @@ class _Gathered:
             "statistics": torch.cat([f(e) for f in scores.STATISTICS.values()], dim=1),
             "order": scores.order(e),
             "turn": scores.turn(e),
-            "structure": local_statistics(e.x),
         }
 
 
 def _measure_maps(
     model: VAE,
     batches: Batches,
+    count: int,
     residual: ResidualMap,
     spatial: SpatialMap,
     structure: StructureMap,
@@ -262,6 +269,7 @@ def _measure_maps(
     told: list[Tensor] = []
     values: list[Tensor] = []
     gen = torch.Generator().manual_seed(0)
+    sampled = max(1, min(SAMPLED, SAMPLE // count))
     for x in batches():
         e, side = model.inspected(x), x.shape[-1]
         found = {
@@ -272,7 +280,7 @@ def _measure_maps(
         }
         together = torch.stack([found[k] for k in PLACES])
         told.append(torch.stack([maps.oddest(m) for m in together], dim=1).cpu())
-        at = torch.randint(0, side * side, (len(x), SAMPLED), generator=gen).to(x.device)
+        at = torch.randint(0, side * side, (len(x), sampled), generator=gen).to(x.device)
         drawn = together.flatten(2).gather(2, at.expand(len(PLACES), -1, -1))
         values.append(drawn.flatten(1).T.cpu())
     return dict(zip(PLACES, torch.cat(told).T, strict=True)), Rarity.fit(torch.cat(values))

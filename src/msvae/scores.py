@@ -20,7 +20,8 @@ from msvae.maps import left_out
 FLOOR = 1e-8
 BANDS = 3
 NEIGHBOURS = 5
-BANK = 16_384  # references kept for the nearest-neighbour score at most
+BANK = 8192  # references kept for the nearest-neighbour score at most
+QUERIES = 1024  # images compared with all of them at a time
 
 
 def reconstruction(e: Evidence) -> Tensor:
@@ -56,13 +57,21 @@ def spread(e: Evidence) -> Tensor:
 
 
 def order(e: Evidence) -> Tensor:
-    """Mean of -log p(true channel order) over the six orders, (B,), nats."""
-    return e.pretext[:, :6].mean(dim=1) if e.pretext.shape[1] else e.mu.new_zeros(len(e.mu))
+    """Mean of -log p(true channel order) over the ways an image is shown, (B,), nats."""
+    return (
+        e.pretext.chunk(2, dim=1)[0].mean(dim=1)
+        if e.pretext.shape[1]
+        else e.mu.new_zeros(len(e.mu))
+    )
 
 
 def turn(e: Evidence) -> Tensor:
     """Mean of -log p(true quarter turn) over the four turns, (B,), nats."""
-    return e.pretext[:, 6:].mean(dim=1) if e.pretext.shape[1] else e.mu.new_zeros(len(e.mu))
+    return (
+        e.pretext.chunk(2, dim=1)[1].mean(dim=1)
+        if e.pretext.shape[1]
+        else e.mu.new_zeros(len(e.mu))
+    )
 
 
 def direction(e: Evidence) -> Tensor:
@@ -155,7 +164,7 @@ class Neighbours:
     def to(self, features: Tensor, skip: int = 0) -> Tensor:
         """Distances (B,) of directions (B, E); `skip=1` passes over the image itself in the bank."""
         k = min(NEIGHBOURS + skip, len(self.bank))
-        near = (features @ self.bank.T).topk(k, dim=1).values
+        near = torch.cat([(q @ self.bank.T).topk(k, dim=1).values for q in features.split(QUERIES)])
         return 1 - near[:, min(skip, k - 1) :].mean(dim=1)
 
     def __call__(self, e: Evidence) -> Tensor:

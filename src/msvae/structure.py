@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from msvae.maps import smooth
+from msvae.maps import blurring, smooth
 
 BANDS = 3
 ALIKE = 10  # normal images that a picture is compared with
@@ -22,6 +22,7 @@ GRID = 32  # places a side at most
 WINDOW = 1 / 64  # standard deviation of the window, as a share of the side
 FLOOR = 1e-5  # squared intensity: below it is the noise of 8 bits
 RIDGE = 0.05
+BLOCK = 1 << 19  # distances computed at a time
 SELF = 1e-3  # two pictures that are alike to this are the same one
 
 
@@ -35,19 +36,30 @@ def local_statistics(x: Tensor) -> Tensor:
     window = max(WINDOW * side, 0.7)
     red, green, blue = x.unbind(dim=1)
     luma = (red + green + blue) / 3
-    chroma = (red - green, (red + green) / 2 - blue)
-    out = [_log(smooth(band.square(), window)) for band in _bands(luma, side)]
-    tone = smooth(luma, window)
-    out += [4 * tone, _log(smooth((luma - tone).square(), window))]
-    out += _tensor(luma, window)
-    tints = [smooth(c, window) for c in chroma]
-    out += [4 * t for t in tints]
-    gaps = torch.stack([c - t for c, t in zip(chroma, tints, strict=True)])
-    out.append(_log(smooth(gaps.square().sum(dim=0), window)))
-    out += [4 * _least(luma), -4 * _least(-luma)]
+    chroma = torch.stack([red - green, (red + green) / 2 - blue], dim=1)
     grid = min(max(side // 4, 2), GRID)
     at = ((torch.arange(grid, device=x.device) + 0.5) * side / grid).long()
-    return torch.stack(out, dim=1)[:, :, at][:, :, :, at]
+    blur = blurring(side, window).to(x)
+    here = blur[at]  # the blur at the places of the grid: what lies between is not wanted
+    tone, tints = blur @ (luma @ blur.T), blur @ (chroma @ blur.T)
+    energies = torch.stack(
+        [
+            *(band.square() for band in _bands(luma, side)),
+            (luma - tone).square(),
+            (chroma - tints).square().sum(dim=1),
+            *_gradients(luma),
+        ],
+        dim=1,
+    )
+    *bands, variance, colour, xx, yy, xy = (here @ (energies @ here.T)).unbind(dim=1)
+    mean = (xx + yy) / 2
+    spread = (((xx - yy) / 2).square() + xy.square() + 1e-12).sqrt()
+    out = [_log(band) for band in bands]
+    out += [4 * tone[:, at][:, :, at], _log(variance), _log(mean + spread), _log(mean - spread)]
+    out += [4 * t[:, at][:, :, at] for t in tints.unbind(dim=1)]
+    out += [_log(colour)]
+    out += [4 * _least(luma)[:, at][:, :, at], -4 * _least(-luma)[:, at][:, :, at]]
+    return torch.stack(out, dim=1)
 
 
 def _log(energy: Tensor) -> Tensor:
@@ -63,14 +75,12 @@ def _bands(luma: Tensor, side: int) -> list[Tensor]:
     return bands
 
 
-def _tensor(luma: Tensor, window: float) -> list[Tensor]:
+def _gradients(luma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The products of the central differences: xx, yy, xy."""
     padded = F.pad(luma[:, None], (1, 1, 1, 1), mode="reflect")[:, 0]
     gx = (padded[:, 1:-1, 2:] - padded[:, 1:-1, :-2]) / 2
     gy = (padded[:, 2:, 1:-1] - padded[:, :-2, 1:-1]) / 2
-    xx, yy, xy = (smooth(p, window) for p in (gx * gx, gy * gy, gx * gy))
-    mean = (xx + yy) / 2
-    spread = (((xx - yy) / 2).square() + xy.square() + 1e-12).sqrt()
-    return [_log(mean + spread), _log(mean - spread)]
+    return gx * gx, gy * gy, gx * gy
 
 
 def _least(luma: Tensor) -> Tensor:
@@ -81,6 +91,11 @@ def _least(luma: Tensor) -> Tensor:
 def descriptor(statistics: Tensor) -> Tensor:
     """What the whole picture is like: mean and deviation of each local statistic, (B, 2 D)."""
     return torch.cat([statistics.mean(dim=(2, 3)), statistics.std(dim=(2, 3))], dim=1)
+
+
+def thinning(count: int) -> int:
+    """Every how manieth of `count` images is kept, for at most `BANK`."""
+    return -(-count // BANK)
 
 
 @dataclass(frozen=True)
@@ -97,17 +112,16 @@ class StructureMap:
     @classmethod
     def fit(cls, statistics: Tensor) -> "StructureMap":
         """From `local_statistics` (N, D, g, g) of normal images, evenly thinned to `BANK`."""
-        flat = statistics.permute(0, 2, 3, 1).flatten(0, 2)
-        mean = flat.double().mean(dim=0)
-        gap = flat.double() - mean
+        kept = statistics[:: thinning(len(statistics))]
+        flat = kept.permute(0, 2, 3, 1).flatten(0, 2).double()
+        mean = flat.mean(dim=0)
+        gap = flat - mean
         values, vectors = torch.linalg.eigh(gap.T @ gap / len(gap))
         whiten = (vectors / (values.clamp_min(0) + RIDGE * values.mean() + 1e-9).sqrt()).float()
-        told = descriptor(statistics)
+        told = descriptor(kept)
         centre, scale = told.mean(dim=0), told.std(dim=0) + 1e-6
-        kept = statistics[:: -(-len(statistics) // BANK)]
         places = (kept.flatten(2).transpose(1, 2) - mean.float()) @ whiten
-        near = (descriptor(kept) - centre) / scale
-        return cls(mean.float(), whiten, centre, scale, near, places.half())
+        return cls(mean.float(), whiten, centre, scale, (told - centre) / scale, places.half())
 
     def __call__(self, x: Tensor, leave_out: bool = False) -> Tensor:
         """(B, g, g), standard deviations; `leave_out` compares no image with itself."""
@@ -129,8 +143,15 @@ class StructureMap:
 
     @staticmethod
     def _nearest(queries: Tensor, places: Tensor) -> Tensor:
-        """Distances (L,) of queries (L, D) to the nearest of the places (K, L, D)."""
+        """Distances (L,) of queries (L, D) to the nearest of the places (K, L, D).
+
+        |q - b|² = |q|² + (q, 1)·(-2 b, |b|²), block by block: a block stays in the processor's
+        cache, which makes it up to five times faster than all at once.
+        """
         bank = places.flatten(0, 1).to(queries.dtype)
-        squares = torch.addmm(bank.square().sum(dim=1)[None], queries, bank.T, alpha=-2)
-        found = squares.amin(dim=1) + queries.square().sum(dim=1)
+        beside = torch.cat([-2 * bank, bank.square().sum(dim=1, keepdim=True)], dim=1)
+        with_one = F.pad(queries, (0, 1), value=1.0)
+        blocks = beside.split(max(BLOCK // len(queries), 1))
+        least = [(with_one @ block.T).amin(dim=1) for block in blocks]
+        found = torch.stack(least).amin(dim=0) + queries.square().sum(dim=1)
         return (found.clamp_min(0) + 1e-8).sqrt()

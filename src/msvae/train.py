@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -18,13 +18,21 @@ from torch.nn import functional as F
 
 from msvae import scores
 from msvae.augment import augment
+from msvae.compute import compute_type, to_batch
 from msvae.config import AugmentConfig, Config, TrainConfig
 from msvae.errors import TrainingError
 from msvae.imagine import COLOURED, Imagination, varied
 from msvae.model import ORDERS, TURNS, VAE
 from msvae.progress import Progress, Silent
 
-Pixels = NDArray[np.uint8]
+
+class Pixels(Protocol):
+    """Pixels (N, S, S, 3): an array, or images that stay on the disk until they are asked for."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, at: Any) -> NDArray[np.uint8]: ...
+
+
 Row = dict[str, float]
 Note = Callable[[str], None]
 DIVERGED = "the loss is not a finite number: lower train.learning_rate"
@@ -43,19 +51,6 @@ class State:
     best_loss: float = math.inf
     history: list[dict[str, float]] = field(default_factory=list)
     tensors: dict[str, Tensor] = field(default_factory=dict)
-
-
-def choose_device() -> torch.device:
-    """CUDA (or ROCm) where it is there, then Apple's MPS, else the CPU."""
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps") if torch.backends.mps.is_available() else torch.device("cpu")
-
-
-def to_batch(pixels: NDArray[np.uint8], device: torch.device) -> Tensor:
-    """Pixels (B, S, S, 3) as images (B, 3, S, S) in [0, 1], channels last in memory."""
-    x = torch.from_numpy(np.ascontiguousarray(pixels)).to(device, non_blocking=True)
-    return x.permute(0, 3, 1, 2).float().div_(255)
 
 
 def transform(x: Tensor, orders: Tensor, turns: Tensor) -> Tensor:
@@ -99,7 +94,7 @@ def losses(
 ) -> Losses:
     """The ELBO of images (B, 3, S, S), and the companion's cross-entropy on transformed copies.
 
-    The companion is shown `shown`, (B, 3, S, S) too, or the images themselves.
+    The companion is shown `shown`, (B, 3, s, s), or the images themselves.
     """
     e = model(x, noise)
     e = e._replace(recon=e.recon.float(), mu=e.mu.float(), logvar=e.logvar.float())
@@ -128,12 +123,13 @@ class Trainer:
         self.passes = max(1, round(SHORTEST_EPOCH * c.batch_size / count))
         self.steps = max(1, self.passes * count // c.batch_size)
         self.epochs = max(c.epochs, math.ceil(c.min_steps / self.steps))
-        self.low_precision = _bf16_pays(c, self.device)
+        self.low_precision = compute_type(c, self.device) is torch.bfloat16
 
     def step(self, x: Tensor, rate: float, gen: torch.Generator) -> Losses:
         """One optimiser step on images (B, 3, S, S)."""
         noise = torch.randn(len(x), self.model.config.latent_dim, generator=gen)
-        shown = None if self.model.companion is None else augment(x, SHOWN, gen)
+        companion = self.model.companion
+        shown = None if companion is None else augment(companion.reduced(x), SHOWN, gen)
         loss = self.losses(x, noise, gen, shown)
         self.optimiser.param_groups[0]["lr"] = rate
         self.optimiser.zero_grad(set_to_none=True)
@@ -154,7 +150,7 @@ class Trainer:
 
     def epoch(self, pixels: Pixels, state: State, ticks: Iterator[int], note: Note) -> Row:
         """All steps of one epoch; the means of its losses as a row of the history."""
-        began, seen = time.perf_counter(), torch.zeros(4)
+        began, seen = time.perf_counter(), torch.zeros(4, device=self.device)
         self.model.train()
         gen = _generator(self.config.seed, state.epoch)
         for at, rows in enumerate(_batches(self, gen)):
@@ -164,7 +160,7 @@ class Trainer:
                 state.epoch * self.steps + at, self.epochs * self.steps, self.config
             )
             loss = self.step(x, rate, gen)
-            seen += torch.stack([t.detach() for t in loss]).cpu()
+            seen += torch.stack([t.detach() for t in loss])
             if at % 5 == 0:
                 note(f"reconstruction {loss.reconstruction:.4f}  kl {loss.kl:.1f} nats")
         if not torch.isfinite(seen).all():
@@ -244,6 +240,7 @@ def train_inspector(
     imagination = Imagination.prepare(side, coloured, gen)
     optimiser = torch.optim.AdamW(inspector.parameters(), weight_decay=1e-4, fused=True)
     size, loss = (32 if side <= 64 else 16), torch.zeros(())
+    low = compute_type(c, device) is torch.bfloat16
     inspector.train()
     ticks = (progress or Silent()).track(
         range(c.inspector_steps), "imagining defects", c.inspector_steps
@@ -252,7 +249,7 @@ def train_inspector(
         rows = torch.randint(len(pixels), (size,), generator=gen).numpy()
         spoilt, mask = imagination(varied(to_batch(pixels[rows], device), gen), gen)
         spoilt = spoilt.contiguous(memory_format=torch.channels_last)
-        with torch.autocast(device.type, torch.bfloat16, enabled=_bf16_pays(c, device)):
+        with torch.autocast(device.type, torch.bfloat16, enabled=low):
             odds = inspector(spoilt)
         loss = inspection_loss(odds.float(), mask)
         at = step / c.inspector_steps
@@ -287,17 +284,6 @@ def _batches(trainer: Trainer, gen: torch.Generator) -> Iterator[NDArray[np.int6
         yield order[step * size : (step + 1) * size]
 
 
-def _bf16_pays(config: TrainConfig, device: torch.device) -> bool:
-    """Whether to compute in bfloat16: on GPUs, and on CPUs that have instructions for it.
-
-    On a CPU without them it is emulated, which is slower than float32.
-    """
-    if config.precision != "auto" or device.type != "cpu":
-        return config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
-    capabilities = torch.cpu.get_capabilities()
-    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
-
-
 def _keep(trainer: Trainer, state: State, loss: float) -> None:
     """Put the present weights and moments into the state, and the best weights so far."""
     weights = {k: v.detach().clone() for k, v in trainer.model.state_dict().items()}
@@ -309,7 +295,7 @@ def _keep(trainer: Trainer, state: State, loss: float) -> None:
         f"best.{k}": v for k, v in best.items()
     }
     for i, moments in trainer.optimiser.state_dict()["state"].items():
-        tensors |= {f"adam.{i}.{k}": v for k, v in moments.items()}
+        tensors |= {f"adam.{i}.{k}": v.clone() for k, v in moments.items()}  # they go on changing
     state.tensors = tensors
 
 

@@ -251,7 +251,7 @@ def teach(detector: Detector, ordinary: Sequence[Any], shown: Shown) -> Detector
         raise DataError("feedback needs ordinary images to tell the examples from: name some")
     c = detector.config.model
     pixels = np.stack([load_image(s, c.image_size, c.resize) for s in ordinary])
-    return replace(detector, scorer=taught(detector.model, detector.scorer, pixels, shown))
+    return replace(detector, scorer=taught(detector.scoring, detector.scorer, pixels, shown))
 
 
 def part_of(run: Path, part: str) -> list[Path]:

@@ -20,9 +20,23 @@ from msvae.data.images import Pixels, Source, digest, load_image, name_of, read_
 from msvae.errors import DataError, ImageError
 from msvae.progress import Progress, Silent
 
-VERSION = 2
+VERSION = 3
 WINDOW = 256  # images decoded ahead at most
 DAY = 86_400  # seconds; unfinished files that are older belong to nobody
+
+
+@dataclass(frozen=True)
+class Selected:
+    """Some of many images, (M, S, S, 3), copied batch by batch: the whole stays on the disk."""
+
+    whole: Pixels  # (N, S, S, 3)
+    rows: NDArray[np.int64]  # (M,)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, at: slice | NDArray[np.int64]) -> Pixels:
+        return np.asarray(self.whole[self.rows[at]])
 
 
 @dataclass(frozen=True)
@@ -34,6 +48,10 @@ class Decoded:
     names: tuple[str, ...]
     kept: NDArray[np.int64]  # (N,) indices into the sources
     quarantine: tuple[ImageError, ...]
+
+    def some(self, rows: Sequence[int]) -> Selected:
+        """Those rows of the pixels."""
+        return Selected(self.pixels, np.array(rows, dtype=np.int64))
 
 
 def default_cache_dir() -> Path:
@@ -62,7 +80,7 @@ def decode(
         raise DataError("no image was given: name at least one")
     if cache is None or not all(isinstance(s, str | Path) for s in sources):
         return _decode(sources, size, resize, None, progress)
-    with ThreadPoolExecutor(_workers()) as pool:
+    with ThreadPoolExecutor(decoders()) as pool:
         contents = list(progress.track(pool.map(_content, sources), "reading", len(sources)))
     found = _read(cache / _key(contents, size, resize), len(sources), size)
     if found is None:
@@ -72,7 +90,8 @@ def decode(
     return _assemble(sources, pixels, contents, refused)
 
 
-def _workers() -> int:
+def decoders() -> int:
+    """How many images are decoded side by side."""
     return min(os.cpu_count() or 1, 8)
 
 
@@ -146,7 +165,7 @@ def _loaded(
         except ImageError as error:
             return content or f"unreadable: {error.reason}", error
 
-    with ThreadPoolExecutor(_workers()) as pool:
+    with ThreadPoolExecutor(decoders()) as pool:
         for first in range(0, len(sources), WINDOW):
             yield from pool.map(one, range(first, min(first + WINDOW, len(sources))))
 

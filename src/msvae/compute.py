@@ -1,0 +1,83 @@
+"""Where and how torch computes: the device, the precision, the batch, the threads."""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
+from typing import TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from msvae.config import TrainConfig
+
+Pixels = NDArray[np.uint8]
+T = TypeVar("T")
+R = TypeVar("R")
+
+BATCH = 64  # images scored at a time, at most
+WORKERS = 4  # batches scored side by side, at most: Python itself runs on one core at a time
+WORK = 64 * 64**2  # pixels of such a batch: what the processor's caches hold is fastest
+
+
+def choose_device() -> torch.device:
+    """CUDA (or ROCm) where it is there, then Apple's MPS, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps") if torch.backends.mps.is_available() else torch.device("cpu")
+
+
+def compute_type(config: TrainConfig, device: torch.device) -> torch.dtype:
+    """bfloat16 on GPUs and on CPUs that have instructions for it, unless the settings say otherwise.
+
+    On a CPU without them it is emulated, which is slower than float32.
+    """
+    if config.precision == "auto" and device.type == "cpu":
+        capabilities = torch.cpu.get_capabilities()
+        pays = bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+    else:
+        pays = config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
+    return torch.bfloat16 if pays else torch.float32
+
+
+def to_batch(pixels: Pixels, device: torch.device) -> Tensor:
+    """Pixels (B, S, S, 3) as images (B, 3, S, S) in [0, 1], channels last in memory."""
+    x = torch.from_numpy(np.ascontiguousarray(pixels)).to(device, non_blocking=True)
+    return x.permute(0, 3, 1, 2).float().div_(255)
+
+
+def batch_of(side: int) -> int:
+    """How many images of `side` px are scored at a time."""
+    return max(1, min(BATCH, WORK // side**2))
+
+
+def in_parallel(
+    work: Callable[[T], R], items: Iterable[T], device: torch.device, workers: int | None = None
+) -> Iterator[R]:
+    """`work` of each item, in order; on a CPU several items at a time, each with its share of cores.
+
+    Threads that each do a batch of their own need not wait for each other after every layer: 1.1 to
+    1.3 times as fast as all of them on one batch (LOG.md). A single item has all threads.
+    """
+    cores = torch.get_num_threads()
+    workers = min(cores, WORKERS) if workers is None else workers
+    source = iter(items)
+    ready = list(islice(source, 2))
+    if device.type != "cpu" or workers < 2 or len(ready) < 2:
+        yield from map(work, ready)
+        yield from map(work, source)
+        return
+    each = max(cores // workers, 1)
+    try:
+        with ThreadPoolExecutor(workers, "scoring", torch.set_num_threads, (each,)) as pool:
+            waiting: deque[Future[R]] = deque(pool.submit(work, item) for item in ready)
+            for item in source:
+                waiting.append(pool.submit(work, item))
+                if len(waiting) > workers:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+    finally:
+        torch.set_num_threads(cores)  # threads made later take what was set last
