@@ -1,4 +1,5 @@
 # Two commands do all set-up themselves: make demo, make test.
+# BENCH='--data-dir DIR'  times photographs of your own in make bench.
 # TORCH_INDEX=https://download.pytorch.org/whl/cpu  picks a CPU-only torch on Linux.
 
 PYTHON ?= python3
@@ -8,7 +9,7 @@ READY  := $(VENV)/.ready
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 INDEX  := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: demo test lint docs clean
+.PHONY: demo test bench lint docs clean
 
 demo: $(READY)
 	$(BIN)/msvae demo
@@ -19,6 +20,9 @@ test: $(READY)
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/python -m pytest
+
+bench: $(READY)
+	$(BIN)/python -m bench $(BENCH)
 
 lint: $(READY)
 	$(BIN)/ruff format .

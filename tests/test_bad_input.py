@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from msvae import cli, fit, load
+from msvae import cli, fit, fitting, load, store
 from msvae.config import Config
 from msvae.data import cache
 from msvae.errors import DataError, ImageError, OutputError, RunError
@@ -659,3 +659,24 @@ def test_explaining_by_a_run_without_references(run, made, msvae, tmp_path):
     assert any("holds no references" in note for note in told["notes"])
     assert told["contributions"]
     assert msvae("report", run)[0] == 0
+
+
+def test_checkpoints_are_written_as_often_as_they_can_be_afforded(
+    made, msvae, tmp_path, monkeypatch
+):
+    """The first epoch, and the last one on the way out: not every one of a short training."""
+    written = []
+    whole = store.write_checkpoint
+
+    def counted(folder, tensors, facts):
+        written.append(facts["state"]["epoch"])
+        whole(folder, tensors, facts)
+
+    monkeypatch.setattr(store, "write_checkpoint", counted)
+    monkeypatch.setattr(fitting, "CHECKPOINT_SHARE", 1e-9)
+    out = tmp_path / "out"
+    interrupt_at(monkeypatch, 100)
+    words = ["fit", made / "new", "--rule", "fixed", *flags(), "--epochs", 9, "--out", out]
+    assert msvae(*words)[0] == 130
+    assert written == [1, len(read(out / "history.csv"))]
+    assert written[1] > 2

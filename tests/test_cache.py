@@ -231,3 +231,15 @@ def test_where_the_cache_lies(monkeypatch):
     assert default_cache_dir() == Path.home() / ".cache" / "msvae"
     monkeypatch.setenv("MSVAE_CACHE", "/y")
     assert default_cache_dir() == Path("/y")
+
+
+def test_some_of_the_images_are_read_when_they_are_asked_for(files, tmp_path):
+    """By a slice or by numbers, in the order of the rows; the whole stays one map of the disk."""
+    decoded = decode(files, 16, cache=tmp_path / "cache")
+    rows = [len(decoded.pixels) - 1, 0]
+    some = decoded.some(rows)
+    assert len(some) == 2
+    np.testing.assert_array_equal(some[:], decoded.pixels[rows])
+    np.testing.assert_array_equal(some[np.array([1, 0, 1])], decoded.pixels[[0, rows[0], 0]])
+    assert some[2:].shape == (0, 16, 16, 3)
+    assert some.whole is decoded.pixels

@@ -241,3 +241,27 @@ def test_names():
     """A file is called by its path, what is in memory by its place."""
     assert name_of(Path("a/b.png"), 3) == str(Path("a/b.png"))
     assert name_of(np.zeros((8, 8)), 3) == "image 3"
+
+
+@pytest.mark.parametrize("resize", ["stretch", "square"])
+def test_a_large_jpeg_is_decoded_at_a_fraction(tmp_path, resize):
+    """What comes is what the whole image gives, but for a rounding here and there."""
+    gen = np.random.default_rng(0)
+    coarse = Image.fromarray(gen.integers(0, 256, (40, 60, 3), dtype=np.uint8))
+    path = tmp_path / "large.jpg"
+    coarse.resize((600, 400), Image.Resampling.BICUBIC).save(path, quality=92)
+    assert open_image(path).size == (600, 400)
+    assert open_image(path, least=128).size == (300, 200)
+    with Image.open(path) as image:
+        whole = load_image(image.convert("RGB"), 64, resize)
+    gap = np.abs(load_image(path, 64, resize).astype(int) - whole)
+    assert gap.mean() < 1.5
+    assert gap.any()
+
+
+def test_a_jpeg_of_about_the_size_is_decoded_whole(tmp_path):
+    """Below four times the size nothing is reduced: the values are exactly Pillow's."""
+    path = save(tmp_path / "small.jpg", picture(250, 200), quality=92)
+    with Image.open(path) as image:
+        whole = load_image(image.convert("RGB"), 64)
+    np.testing.assert_array_equal(load_image(path, 64), whole)

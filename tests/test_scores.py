@@ -11,13 +11,14 @@ from sklearn.covariance import LedoitWolf
 from torch.distributions import Normal, kl_divergence
 from torch.nn import functional as F
 
-from msvae import scores
+from msvae import scores, structure
 from msvae.compute import to_batch
 from msvae.config import Config
 from msvae.evidence import Evidence
 from msvae.model import VAE
 from msvae.scorer import PLACES, learn
 from msvae.scores import Mahalanobis, Neighbours
+from msvae.structure import StructureMap, local_statistics
 from msvae.tensors import flatten
 from msvae.train import losses, train
 
@@ -441,3 +442,14 @@ def test_without_the_companion_the_tasks_are_silent():
         assert not found["turn"].any()
         assert all(torch.isfinite(v).all() for v in found.values())
     assert odd["fused"].min() > normal["fused"].max()
+
+
+def test_of_many_images_an_even_choice_is_compared_with(monkeypatch):
+    """The structure map keeps every third of 24 images where it may keep eight, across batches."""
+    monkeypatch.setattr(structure, "BANK", 8)
+    torch.manual_seed(0)
+    model, pixels = VAE(CONFIG.model).eval(), smooth_images(24, 3)
+    kept = learned(model, pixels).structure
+    every_third = StructureMap.fit(local_statistics(batch(pixels[::3])))
+    assert len(kept.descriptors) == 8
+    torch.testing.assert_close(kept.places, every_third.places)

@@ -1,0 +1,88 @@
+"""Threads, batches, precision: several batches at a time give what one after the other gives."""
+
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from msvae.compute import BATCH, batch_of, compute_type, in_parallel, to_batch
+from msvae.config import Config
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 3, 17])
+@pytest.mark.parametrize("workers", [1, 2, 4])
+def test_results_come_in_order(count, workers):
+    """Whatever finishes first."""
+
+    def work(i):
+        time.sleep(0.002 * (i % 3))
+        return i * i
+
+    assert list(in_parallel(work, range(count), CPU, workers)) == [i * i for i in range(count)]
+
+
+def test_few_are_taken_ahead():
+    """Memory stays that of a few batches: no more are drawn than are under way."""
+    drawn, gaps = [], []
+
+    def items():
+        for i in range(30):
+            drawn.append(i)
+            yield i
+
+    for done, _ in enumerate(in_parallel(lambda i: i, items(), CPU, 2)):
+        gaps.append(len(drawn) - done)
+    assert max(gaps) <= 4
+
+
+def test_several_threads_work_and_their_number_stays_ours():
+    """Two workers, two threads; afterwards torch has the threads that it had."""
+    before, seen = torch.get_num_threads(), set()
+    both = threading.Barrier(2, timeout=20)
+
+    def work(i):
+        both.wait()
+        seen.add(threading.get_ident())
+
+    list(in_parallel(work, range(6), CPU, 2))
+    assert len(seen) == 2
+    assert threading.get_ident() not in seen
+    assert torch.get_num_threads() == before
+
+
+def test_an_error_reaches_the_caller():
+    """That of the first item that failed."""
+
+    def work(i):
+        if i == 3:
+            raise ValueError("the third")
+        return i
+
+    with pytest.raises(ValueError, match="the third"):
+        list(in_parallel(work, range(9), CPU, 2))
+
+
+@pytest.mark.parametrize(("side", "count"), [(32, BATCH), (64, 64), (128, 16), (256, 4), (1024, 1)])
+def test_larger_images_come_fewer_at_a_time(side, count):
+    """As many as hold the pixels of 64 images of 64 px, and at least one."""
+    assert batch_of(side) == count
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_precision_that_is_asked_for(device):
+    """`fp32` and `bf16` are kept everywhere; `auto` is bfloat16 on a GPU."""
+    for name, wanted in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        config = Config().replace(precision=name).train
+        assert compute_type(config, torch.device(device)) is wanted
+    assert compute_type(Config().train, torch.device("cuda")) is torch.bfloat16
+
+
+def test_pixels_become_a_batch():
+    """Channels first, in [0, 1]."""
+    pixels = np.arange(2 * 4 * 4 * 3, dtype=np.uint8).reshape(2, 4, 4, 3)
+    x = to_batch(pixels, CPU)
+    np.testing.assert_allclose(x.numpy(), pixels.transpose(0, 3, 1, 2) / 255, rtol=1e-6)
