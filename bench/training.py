@@ -7,27 +7,26 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from bench.material import SIDES, Material
 from bench.peers import Peer
 from bench.rows import Once, Row, compared, interleaved, rates, timed
-from msvae import store
 from msvae.compute import choose_device, to_batch
 from msvae.config import Config
 from msvae.data.images import load_image
+from msvae.fitting import Keeper
 from msvae.model import ORDERS, TURNS, VAE
-from msvae.train import State, Trainer, losses, train, train_inspector
+from msvae.train import Trainer, losses, train
 
-STEPS = 50  # of a round of the fast contestants
-SLOW_STEPS = 12  # of a round of the slow ones
+STEPS, EPOCHS = 50, 3  # of a round of the fast contestants
+SLOW_STEPS = 25  # of a round of the slow ones, one epoch
 STOP_SHARE = 0.05
 
 
-def settings(side: int) -> Config:
-    """The default preset: one epoch of so many steps."""
-    return Config().replace(image_size=side, epochs=1, min_steps=0)
+def settings(side: int, epochs: int = 1) -> Config:
+    """The default preset, for a few short epochs."""
+    return Config().replace(image_size=side, epochs=epochs, min_steps=0)
 
 
 def fresh(side: int, memory: torch.memory_format) -> VAE:
@@ -37,20 +36,15 @@ def fresh(side: int, memory: torch.memory_format) -> VAE:
     return model.to(memory_format=memory).train()  # type: ignore[call-overload]
 
 
-def loop(material: Material, side: int, steps: int) -> Once:
-    """Seconds of `train` on the decoded cache, with stop loss and checkpoint, as `fit` calls it."""
-    config = settings(side)
+def loop(material: Material, side: int, steps: int, epochs: int = 1) -> Once:
+    """Seconds of `train` on the decoded cache, with stop loss and checkpoints, as `fit` calls it."""
+    config = settings(side, epochs)
     count = steps * config.train.batch_size
     held = round(STOP_SHARE * count)
     decoded = material.decoded(count + held, side)
     parts = decoded.some(range(count)), decoded.some(range(count, count + held))
     model = fresh(side, torch.channels_last)
-
-    def save(state: State) -> None:
-        numbers = {"history": state.history}
-        store.write_checkpoint(material.work / "checkpoint", state.tensors, numbers)
-
-    return timed(lambda: train(model, *parts, config, save=save))
+    return timed(lambda: train(model, *parts, config, save=Keeper(material.work / "kept", {})))
 
 
 def bare(side: int, steps: int) -> Once:
@@ -116,59 +110,19 @@ def textbook(material: Material, side: int, steps: int) -> Once:
     return timed(epoch)
 
 
-def inspector(material: Material, side: int, steps: int) -> Once:
-    """Seconds of `train_inspector`, which has a loop of its own."""
-    config = settings(side).replace(inspector_steps=steps)
-    decoded = material.decoded(STEPS * 32, side)
-    model = fresh(side, torch.channels_last)
-    return timed(lambda: train_inspector(model, decoded.some(range(STEPS * 32)), config))
-
-
-def bare_inspector(side: int, steps: int) -> Once:
-    """The same arithmetic on one tensor and one mask."""
-    model = fresh(side, torch.channels_last)
-    trainer = Trainer(model, settings(side), steps * 32)
-    x = _batch(side, trainer.device)[: 32 if side <= 64 else 16]
-    mask = (x[:, 0] > 0.9).float()
-    assert model.inspector is not None
-    inner = model.inspector
-    optimiser = torch.optim.AdamW(inner.parameters(), fused=True)
-
-    def step() -> None:
-        with torch.autocast(trainer.device.type, torch.bfloat16, enabled=trainer.low_precision):
-            odds = inner(x)
-        loss = F.binary_cross_entropy_with_logits(odds.float(), mask)
-        optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        optimiser.step()
-
-    return timed(lambda: [step() for _ in range(steps)])
-
-
 def rows(material: Material, peers: dict[str, Peer]) -> Iterator[Row]:
     """Every row about training."""
     for side in SIDES:
-        real = loop(material, side, STEPS)
-        told = interleaved({"loop": real, "bare": bare(side, STEPS)}, 5)
-        count = STEPS * 32
+        real = loop(material, side, STEPS, EPOCHS)
+        told = interleaved({"loop": real, "bare": bare(side, STEPS * EPOCHS)}, 3)
+        count = STEPS * EPOCHS * 32
         yield compared(
             f"train {side} px, loop against bare step",
             rates(told["loop"], count),
             rates(told["bare"], count),
             unit="images/s",
             bar=">= 0.92",
-            note="the loop with stop loss and checkpoint; the bare step has one fixed tensor",
-        )
-        told = interleaved(
-            {"loop": inspector(material, side, STEPS), "bare": bare_inspector(side, STEPS)}, 3
-        )
-        yield compared(
-            f"train {side} px, inspector's loop against bare step",
-            rates(told["loop"], STEPS),
-            rates(told["bare"], STEPS),
-            unit="steps/s",
-            bar="",
-            note="imagining the defects is part of the loop, nothing of it of the bare step",
+            note="the loop with stop loss and checkpoints; the bare step has one fixed tensor",
         )
         contestants: dict[str, Once] = {
             "loop": loop(material, side, SLOW_STEPS),

@@ -330,7 +330,7 @@ def _train(
     state = None
     if resume and folder is not None:
         state = _resumed(folder, identity)
-    keeper = None if folder is None else _Keeper(folder, identity)
+    keeper = None if folder is None else Keeper(folder, identity)
     try:
         return train(
             model,
@@ -347,7 +347,7 @@ def _train(
         raise
 
 
-class _Keeper:
+class Keeper:
     """Writes the checkpoint of a training: often enough, and no more often than it can afford.
 
     What is written holds all weights three times; after every short epoch it would take as long as
