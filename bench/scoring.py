@@ -91,7 +91,7 @@ def _against_peers(
 def _one_image(material: Material, detector: Detector, side: int) -> Row:
     """One warm image file through `Detector.score` against the networks alone on a ready tensor."""
     path = material.photographs[0]
-    x = to_batch(load_image(path, side)[None], detector.device)
+    x = to_batch(load_image(path, side)[None].copy(), detector.device)
 
     @torch.inference_mode()
     def forward() -> None:

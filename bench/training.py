@@ -19,7 +19,7 @@ from msvae.fitting import Keeper
 from msvae.model import ORDERS, TURNS, VAE
 from msvae.train import Trainer, losses, train
 
-STEPS, EPOCHS = 50, 3  # of a round of the fast contestants
+STEPS, EPOCHS = 100, 2  # of a round of the fast contestants
 SLOW_STEPS = 25  # of a round of the slow ones, one epoch
 STOP_SHARE = 0.05
 
@@ -125,7 +125,7 @@ def rows(material: Material, peers: dict[str, Peer]) -> Iterator[Row]:
             note="the loop with stop loss and checkpoints; the bare step has one fixed tensor",
         )
         contestants: dict[str, Once] = {
-            "loop": loop(material, side, SLOW_STEPS),
+            "loop": real,
             "textbook": textbook(material, side, SLOW_STEPS),
         }
         peer = peers.get("pythae")
@@ -136,7 +136,6 @@ def rows(material: Material, peers: dict[str, Peer]) -> Iterator[Row]:
         told = interleaved(contestants, 3)
         if peer is not None:
             peer.stop()
-        count = SLOW_STEPS * 32
         against: dict[str, Any] = {
             "textbook": (">= 4", "fp32, contiguous, DataLoader of 2 workers over the photographs"),
             "pythae": (">= 3", "BaseTrainer, the same network and losses, pixels in memory"),
@@ -146,7 +145,7 @@ def rows(material: Material, peers: dict[str, Peer]) -> Iterator[Row]:
                 yield compared(
                     f"train {side} px, loop against {name}",
                     rates(told["loop"], count),
-                    rates(told[name], count),
+                    rates(told[name], SLOW_STEPS * 32),
                     unit="images/s",
                     bar=bar,
                     note=note,
