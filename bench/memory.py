@@ -4,6 +4,7 @@ Each measurement is a process of its own, which samples the anonymous memory of 
 pages of files, which the system may take back at any time, are reported apart.
 """
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -57,7 +58,11 @@ def score_folder(run: str, folder: str, out: str) -> dict[str, float]:
     """The command, in this process."""
     from msvae.cli import main
 
-    return measured(lambda: main(["score", run, folder, "--out", out]))
+    def work() -> None:
+        with contextlib.suppress(SystemExit):  # the command ends so
+            main(["score", run, folder, "--out", out])
+
+    return measured(work)
 
 
 def fit_folder(folder: str, out: str) -> dict[str, float]:
