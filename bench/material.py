@@ -41,7 +41,9 @@ class Material:
         """A run at `side` px, hardly trained: what scoring costs does not depend on that."""
         folder = self.work / f"run-{side}"
         if not (folder / "config.json").is_file():
-            few = Config().replace(image_size=side, epochs=1, min_steps=30, inspector_steps=20)
+            few = Config().replace(
+                image_size=side, epochs=1, companion_epochs=1, min_steps=30, inspector_steps=20
+            )
             fit(self.many(FITTED, side), folder, config=few, overwrite=True)
         return folder
 

@@ -70,7 +70,7 @@ def fit_folder(folder: str, out: str) -> dict[str, float]:
     from msvae.config import Config
     from msvae.fitting import fit
 
-    config = Config().replace(epochs=1, min_steps=0, inspector_steps=50)
+    config = Config().replace(epochs=1, companion_epochs=1, min_steps=0, inspector_steps=50)
     return measured(lambda: fit(folder, out, config=config, overwrite=True))
 
 

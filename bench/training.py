@@ -17,7 +17,7 @@ from msvae.config import Config
 from msvae.data.images import load_image
 from msvae.fitting import Keeper
 from msvae.model import ORDERS, TURNS, VAE
-from msvae.train import Trainer, losses, train
+from msvae.train import Trainer, losses, pretext_loss, train, train_companion
 
 STEPS, EPOCHS = 100, 2  # of a round of the fast contestants
 SLOW_STEPS = 25  # of a round of the slow ones, one epoch
@@ -25,8 +25,8 @@ STOP_SHARE = 0.05
 
 
 def settings(side: int, epochs: int = 1) -> Config:
-    """The default preset, for a few short epochs."""
-    return Config().replace(image_size=side, epochs=epochs, min_steps=0)
+    """The default preset, for a few short epochs of the VAE and of the companion."""
+    return Config().replace(image_size=side, epochs=epochs, companion_epochs=epochs, min_steps=0)
 
 
 def fresh(side: int, memory: torch.memory_format) -> VAE:
@@ -37,36 +37,56 @@ def fresh(side: int, memory: torch.memory_format) -> VAE:
 
 
 def loop(material: Material, side: int, steps: int, epochs: int = 1) -> Once:
-    """Seconds of `train` on the decoded cache, with stop loss and checkpoints, as `fit` calls it."""
+    """Seconds of both loops on the decoded cache, with stop loss and checkpoints, as in `fit`."""
     config = settings(side, epochs)
     count = steps * config.train.batch_size
     held = round(STOP_SHARE * count)
     decoded = material.decoded(count + held, side)
     parts = decoded.some(range(count)), decoded.some(range(count, count + held))
     model = fresh(side, torch.channels_last)
-    return timed(lambda: train(model, *parts, config, save=Keeper(material.work / "kept", {})))
+
+    def both() -> None:
+        train(model, *parts, config, save=Keeper(material.work / "kept", {}))
+        train_companion(model, parts[0], config)
+
+    return timed(both)
 
 
 def bare(side: int, steps: int) -> Once:
     """Seconds of forward, backward and optimiser on one tensor that never changes.
 
-    No decoding, no augmentation, no clipping, no logging: what the arithmetic alone takes.
+    Of the VAE, then of the companion. No decoding, no augmentation, no clipping, no logging: what
+    the arithmetic alone takes.
     """
     model = fresh(side, torch.channels_last)
     trainer = Trainer(model, settings(side), steps * 32)
+    companion = model.companion
+    assert companion is not None
+    other = torch.optim.AdamW(companion.parameters(), lr=1e-3, fused=True)
     x = _batch(side, trainer.device)
+    small = companion.reduced(x)
     noise = torch.randn(len(x), model.config.latent_dim, device=trainer.device)
-    orders = torch.zeros(len(x), dtype=torch.long, device=trainer.device)
-    shown = None if model.companion is None else model.companion.reduced(x)
+    same = torch.zeros(len(x), dtype=torch.long, device=trainer.device)
+    low = {"dtype": torch.bfloat16, "enabled": trainer.low_precision}
 
     def step() -> None:
-        with torch.autocast(trainer.device.type, torch.bfloat16, enabled=trainer.low_precision):
-            loss = losses(model, x, 1.0, noise, orders, orders, shown)
         trainer.optimiser.zero_grad(set_to_none=True)
-        loss.total.backward()
+        trainer.losses(x, noise).total.backward()
         trainer.optimiser.step()
 
-    return timed(lambda: [step() for _ in range(steps)])
+    def companion_step() -> None:
+        with torch.autocast(trainer.device.type, **low):
+            loss = pretext_loss(companion, small, same, same)
+        other.zero_grad(set_to_none=True)
+        loss.backward()
+        other.step()
+
+    def both() -> None:
+        for one in (step, companion_step):
+            for _ in range(steps):
+                one()
+
+    return timed(both)
 
 
 def _batch(side: int, device: torch.device) -> Tensor:
@@ -88,6 +108,16 @@ class Files(Dataset[Tensor]):
         return torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 255
 
 
+def textbook_loss(model: VAE, x: Tensor) -> Tensor:
+    """The losses of both networks on a batch, added."""
+    assert model.companion is not None
+    orders = torch.randint(len(ORDERS), (len(x),))
+    turns = torch.randint(len(TURNS), (len(x),))
+    noise = torch.randn(len(x), model.config.latent_dim)
+    told = pretext_loss(model.companion, x, orders, turns)
+    return losses(model, x, 1.0, noise).total + told
+
+
 def textbook(material: Material, side: int, steps: int) -> Once:
     """Seconds of the same model in float32, contiguous, fed from the photographs by a DataLoader."""
     model = fresh(side, torch.contiguous_format)
@@ -99,12 +129,8 @@ def textbook(material: Material, side: int, steps: int) -> Once:
 
     def epoch() -> None:
         for x in loader:
-            orders = torch.randint(len(ORDERS), (len(x),))
-            turns = torch.randint(len(TURNS), (len(x),))
-            noise = torch.randn(len(x), model.config.latent_dim)
-            loss = losses(model, x, 1.0, noise, orders, turns)
             optimiser.zero_grad()
-            loss.total.backward()
+            textbook_loss(model, x).backward()
             optimiser.step()
 
     return timed(epoch)

@@ -9,6 +9,7 @@ CONFIG = Config().replace(
     latent_dim=6,
     epochs=1,
     min_steps=0,
+    companion_epochs=2,
     inspector_steps=2,
     batch_size=8,
     target_fpr=0.2,

@@ -20,13 +20,14 @@ from msvae.scorer import PLACES, learn
 from msvae.scores import Mahalanobis, Neighbours
 from msvae.structure import StructureMap, local_statistics
 from msvae.tensors import flatten
-from msvae.train import losses, train
+from msvae.train import losses, train, train_companion
 
 CONFIG = Config().replace(
     image_size=32,
     hidden_dims=(8, 16),
     latent_dim=8,
     epochs=4,
+    companion_epochs=4,
     min_steps=0,
     batch_size=8,
     learning_rate=3e-3,
@@ -88,6 +89,7 @@ class Setting:
         self.model = VAE(CONFIG.model)
         self.train, self.held = smooth_images(N_TRAIN, 1), smooth_images(N_HELD, 2)
         train(self.model, self.train, smooth_images(4, 3), CONFIG)
+        train_companion(self.model, self.train, CONFIG)
         self.scorer = learned(self.model, self.train)
         rng = np.random.default_rng(4)
         self.odd = {
@@ -293,16 +295,14 @@ def test_the_loss_is_the_score(sigma_vae):
     config = CONFIG.replace(sigma_vae=sigma_vae, companion=False)
     model = VAE(config.model).eval()
     x = batch(smooth_images(5, 6))
-    none = torch.zeros(5, dtype=torch.long)
     with torch.inference_mode():
-        loss, seen = losses(model, x, BETA, None, none, none), model(x)
+        loss, seen = losses(model, x, BETA, None), model(x)
         error = float((seen.x - seen.recon).double().square().mean())
         variance = torch.tensor(error + 1e-6) if sigma_vae else None
         score = scores.elbo(seen, BETA, variance).mean() / (3 * 32 * 32)
     assert float(loss.total) == pytest.approx(float(score), rel=1e-5)
     assert float(loss.reconstruction) == pytest.approx(error, rel=1e-4)
     assert float(loss.kl) == pytest.approx(float(scores.kl(seen).mean()), rel=1e-5)
-    assert float(loss.pretext) == 0
 
 
 def test_weighted_by_hand(found):
@@ -354,11 +354,11 @@ def test_few_references_serve_too():
 
 
 def test_order_and_turn_are_means_of_their_columns(e, found):
-    """Of four ways to show an image: the first half of the verdicts is of the orders."""
+    """Of two ways to show an image: the first half of the verdicts is of the orders."""
     verdicts = e.pretext.double().numpy()
-    assert verdicts.shape == (N_HELD, 8)
-    close(found["held"]["order"], verdicts[:, :4].mean(axis=1))
-    close(found["held"]["turn"], verdicts[:, 4:].mean(axis=1))
+    assert verdicts.shape == (N_HELD, 4)
+    close(found["held"]["order"], verdicts[:, :2].mean(axis=1))
+    close(found["held"]["turn"], verdicts[:, 2:].mean(axis=1))
 
 
 def test_map_scores_are_those_of_the_oddest_places(setting, e, found):

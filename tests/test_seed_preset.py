@@ -68,4 +68,3 @@ def test_two_steps_were_trained(fitted):
     losses = dict(zip(rows[0].split(","), rows[1].split(","), strict=True))
     assert all(np.isfinite(float(v)) for v in losses.values())
     assert float(losses["kl"]) > 0
-    assert float(losses["pretext"]) == 0

@@ -23,6 +23,7 @@ from msvae.config import Config
 from msvae.data import datasets
 from msvae.data.folder import Sample, find_labelled
 from msvae.errors import ConfigError, DataError, RateError, RunError
+from msvae.fitting import Examples
 from msvae.pages import page_of
 from msvae.progress import Silent
 from msvae.report import write_report
@@ -151,7 +152,7 @@ def test_metrics_of_a_folder_have_the_documented_keys(judged):
     """Those of the protocol, and no others."""
     m = judged.metrics
     keys = {"evaluation", "version", "n", "image_size", "scores", "maps", "false_alarm", "seconds"}
-    assert set(m) == keys | {"explanations"}
+    assert set(m) == keys | {"explanations", "ablation"}
     assert (m["evaluation"], m["version"], m["image_size"]) == ("part", 1, 32)
     assert m["n"] == {"normal": 15, "anomalous": 10, "masks": 9}
     assert set(m["seconds"]) == {"fit", "score"}
@@ -334,6 +335,7 @@ def test_explanations_of_equal_stems_do_not_collide(run, tmp_path):
 
 TRAIN, VAL, TEST = 12, 20, 40  # the official names; it is trained on TEST
 BATCH, CHOOSING, FROM = 40, 10, 20
+TAUGHT = 4  # labelled anomalies of the feedback
 
 
 @pytest.fixture(scope="module")
@@ -375,6 +377,7 @@ def bench(sets, cache):
             out,
             chosen,
             ("equalised", "native"),
+            feedback=TAUGHT,
             overwrite=False,
             progress=Silent(),
             say=said.append,
@@ -389,7 +392,7 @@ PROTOCOLS = {"equalised": 32, "native": 64}
 def test_the_benchmark_has_the_documented_keys(bench):
     """Those of the protocol, equalised first, and the published figures as a quotation."""
     m = bench.metrics
-    keys = {"benchmark", "version", "msvae", "seed", "data", "protocols"}
+    keys = {"benchmark", "version", "msvae", "seed", "data", "protocols", "feedback"}
     assert set(m) == keys | {"published"}
     head = (m["benchmark"], m["version"], m["msvae"], m["seed"])
     assert head == ("flowers-cifar10", 1, __version__, 0)
@@ -398,7 +401,7 @@ def test_the_benchmark_has_the_documented_keys(bench):
     for name, block in m["protocols"].items():
         assert set(block) == {
             *["n", "image_size", "seconds", "images_per_second", "false_alarm", "scores"],
-            "explanations",
+            *["explanations", "ablation"],
         }
         assert block["image_size"] == PROTOCOLS[name]
         for key in ("seconds", "images_per_second"):
@@ -406,7 +409,9 @@ def test_the_benchmark_has_the_documented_keys(bench):
             assert min(block[key].values()) > 0
         assert set(block["false_alarm"]) == {"target", "realised", "expected95", "ci95"}
         assert set(block["scores"]) >= SCORES
-        for score, figures in block["scores"].items():
+        scores = dict(block["scores"])
+        assert set(scores.pop("fused_feedback")) - {"auroc_of_draws"} == set(scores["fused"])
+        for score, figures in scores.items():
             more = MORE - ({"fused_minus_ci95"} if score == "fused" else set())
             assert set(figures) == PLAIN | more | {"frozen", "best_f1"}
             assert set(figures["frozen"]) == set(figures["best_f1"]) == RATES
@@ -496,6 +501,32 @@ def test_the_best_f1_threshold_is_chosen_without_test_images(bench, sets):
         slack = 1e-4 * abs(figures["threshold"]) + 1e-6  # other batches, other last digits
         near = [f1(figures["threshold"] + shift) for shift in (-slack, 0, slack)]
         assert max(near) == pytest.approx(best), name
+
+
+def test_feedback_is_the_mean_of_five_draws(bench, sets):
+    """Each draw taught anew through the detector itself: examples, threshold and test never mix."""
+    told = bench.metrics["protocols"]["equalised"]["scores"]["fused_feedback"]
+    run = bench.out / "equalised"
+    detector, rows = load(run), read(run / "split.csv")
+    flowers = {
+        part: [r["path"] for r in rows if r["part"] == part] for part in ("stop", "conformal")
+    }
+    content = np.frombuffer((sets.root / "data_batch_5.bin").read_bytes(), np.uint8)
+    cifar = content.reshape(BATCH, -1)[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+    table = ScoreTable.read_csv(run / "evaluation" / "scores.csv")
+    normal = [p for p, label in zip(table.paths, table.labels, strict=True) if label == 0]
+    areas, alarms = [], []
+    for seed in range(5):
+        drawn = np.random.default_rng(seed).choice(FROM - CHOOSING, TAUGHT, replace=False)
+        shown = Examples((), list(cifar[CHOOSING + drawn]))
+        given = {"rule": "conformal", "feedback": shown, "ordinary": flowers["stop"]}
+        taught, _ = recalibrate(detector, flowers["conformal"], **given)
+        judged = taught.score([*normal, *cifar[FROM:]])
+        areas.append(roc_auc_score(table.labels, judged.scores["fused"]))
+        alarms.append(judged.flagged[: len(normal)].mean())
+    assert told["auroc_of_draws"] == pytest.approx(areas, abs=5e-3)  # other batches, other digits
+    assert told["auroc"] == pytest.approx(np.mean(told["auroc_of_draws"]))
+    assert told["frozen"]["fpr"] == pytest.approx(np.mean(alarms), abs=1e-6)
 
 
 def test_both_protocols_see_lossless_squares(bench, sets):

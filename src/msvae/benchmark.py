@@ -14,25 +14,29 @@ import numpy as np
 from PIL import Image
 
 from msvae import __version__, files, metrics
+from msvae.ablation import markdown, variants
+from msvae.calibration import threshold
 from msvae.config import Config
 from msvae.data import datasets
 from msvae.data.cache import Decoded, decode, default_cache_dir
 from msvae.data.folder import Sample, find_labelled
-from msvae.data.images import digest
 from msvae.data.split import number_gap_groups, text_sha256
 from msvae.detector import Detector, Pixels, Scan
 from msvae.errors import ConfigError, DataError
-from msvae.evaluate import Evaluation, evaluate
+from msvae.evaluate import Evaluation, at_threshold, evaluate, judge, ranked
 from msvae.faithfulness import evenly, faithfulness
-from msvae.fitting import Images, Part, Parts, Shown, batches, check_free, fit, fit_parts
+from msvae.feedback import Feedback
+from msvae.fitting import Images, Part, Parts, batches, check_free, fit, fit_parts, told
 from msvae.progress import Progress
+from msvae.scorer import Told
 from msvae.table import ScoreTable
 from msvae.workflow import Evaluated, evaluate_samples, history_of, write_evaluation
 
 Protocol = Literal["native", "equalised"]
 SIDES: dict[Protocol, int] = {"equalised": 32, "native": 64}
-VALIDATION = 1020  # CIFAR images 0…1019 choose the best-F1 threshold
+VALIDATION = 1020  # CIFAR images 0…1019 choose the best-F1 threshold, those after them are feedback
 TESTED_FROM = 2000  # images before these never enter the test part
+DRAWS = 5  # of the labelled anomalies that are feedback
 STOP_SHARE = 0.05
 TEST_GROUPS = 0.2  # of the magnetic tiles' groups
 DEFECT_SIDE = 128  # px of the industrial benchmarks, unless said
@@ -55,6 +59,7 @@ class FlowersCifar:
     parts: Parts
     test_normal: Part
     validation: Pixels  # anomalous, for the best-F1 threshold only
+    feedback: Pixels  # anomalous, for feedback only
     test_anomalous: Part
     sources: dict[str, Any]
 
@@ -72,11 +77,10 @@ def flowers_cifar10(
 ) -> dict[str, Any]:
     """Train, freeze and measure a model for each protocol; returns what `metrics.json` holds.
 
-    The first `feedback` images of the anomalous validation part teach the fusion; the others choose
-    the best-F1 threshold as ever.
+    With `feedback` the fused score is measured once more, taught by so many labelled anomalies.
     """
-    if not 0 <= feedback <= VALIDATION // 2:
-        raise ConfigError(f"--feedback {feedback}: choose 0 to {VALIDATION // 2} examples")
+    if not 0 <= feedback <= TESTED_FROM - VALIDATION:
+        raise ConfigError(f"--feedback {feedback}: choose 0 to {TESTED_FROM - VALIDATION} examples")
     for protocol in protocols:
         check_free(out / protocol, resume=False, overwrite=overwrite)
     result: dict[str, Any] = {
@@ -92,17 +96,12 @@ def flowers_cifar10(
         data = load_flowers_cifar(data_dir, protocol, progress, say)
         chosen = config.replace(image_size=SIDES[protocol], resize="square")
         began = time.perf_counter()
-        shown = None
-        if feedback:
-            taken, left = data.validation[:feedback], data.validation[feedback:]
-            names = tuple(f"validation#{i}" for i in range(feedback))
-            examples = Part(taken, names, tuple(digest(x) for x in taken))
-            shown, data = Shown(Part(taken[:0], (), ()), examples), replace(data, validation=left)
-        detector = fit_parts(
-            data.parts, chosen, out / protocol, feedback=shown, progress=progress, say=say
-        )
+        detector = fit_parts(data.parts, chosen, out / protocol, progress=progress, say=say)
         fitted = time.perf_counter() - began
         evaluation, scan = measure(detector, data, fitted, progress)
+        if feedback:
+            taught = {"fused_feedback": with_feedback(detector, data, feedback, progress)}
+            evaluation = replace(evaluation, scores=evaluation.scores | taught)
         history = history_of(out / protocol)
         judged = out / protocol / "evaluation"
         write_evaluation(judged, evaluation.to_json(), scan, history)
@@ -140,6 +139,7 @@ def load_flowers_cifar(
         parts,
         _part(decoded, flowers.train.tolist()),
         ood[:VALIDATION],
+        ood[VALIDATION:TESTED_FROM],
         Part(ood[TESTED_FROM:], names, ()),
         {"normal": normal, "anomalous": anomalous},
     )
@@ -182,8 +182,54 @@ def measure(
         target_fpr=rate,
         image_size=detector.config.model.image_size,
         seconds=seconds,
+        variants=variants(detector.scorer.fusion, table.scores),
     )
     return evaluation, Scan(table, ())
+
+
+def with_feedback(
+    detector: Detector, data: FlowersCifar, count: int, progress: Progress
+) -> dict[str, Any]:
+    """The fused score's figures after `count` labelled anomalies: the mean of five draws.
+
+    Of each draw the threshold is set anew on the conformal part, which no example enters.
+    """
+
+    def read(pixels: Images, task: str) -> Told:
+        return told(detector.scoring, detector.scorer, pixels, progress, task)
+
+    stop = read(data.parts.stop.pixels, "feedback: stop part")
+    pool = read(data.feedback, "feedback: examples")
+    validation = read(data.validation, "feedback: validation")
+    conformal = read(data.parts.conformal.pixels, "feedback: conformal part")
+    normal = read(data.test_normal.pixels, "feedback: normals")
+    anomalous = read(data.test_anomalous.pixels, "feedback: anomalies")
+    labels = np.repeat([0, 1], [len(normal[1]), len(anomalous[1])]).astype(np.int64)
+    drawn = []
+    for seed in range(DRAWS):
+        rows = np.random.default_rng(seed).choice(len(data.feedback), count, replace=False)
+        shown = (pool[0][rows], pool[1][rows])
+        taught = Feedback.fit(stop, (pool[0][:0], pool[1][:0]), shown)
+        scores = np.concatenate([taught(*normal).numpy(), taught(*anomalous).numpy()])
+        frozen = threshold(taught(*conformal).numpy(), detector.decision.target_fpr)
+        best = metrics.best_f1_threshold(taught(*stop).numpy(), taught(*validation).numpy())
+        drawn.append(
+            judge(labels, scores)
+            | ranked(labels, scores)
+            | {"frozen": at_threshold(labels, scores, frozen)}
+            | {"best_f1": at_threshold(labels, scores, best)}
+        )
+    return {**mean_of(drawn), "auroc_of_draws": [block["auroc"] for block in drawn]}
+
+
+def mean_of(blocks: Sequence[Any]) -> Any:
+    """The mean of each number in blocks of the same form."""
+    first = blocks[0]
+    if isinstance(first, dict):
+        return {key: mean_of([block[key] for block in blocks]) for key in first}
+    if isinstance(first, tuple):
+        return tuple(mean_of(values) for values in zip(*blocks, strict=True))
+    return sum(blocks) / len(blocks)
 
 
 def _labelled(
@@ -313,3 +359,14 @@ def _judged(
     result = judged.evaluation.to_json()
     files.write_json(out / "metrics.json", {"benchmark": name, "msvae": __version__, **result})
     return result
+
+
+def write_ablation(results: Sequence[dict[str, Any]], path: Path) -> None:
+    """The ablation of several benchmarks' results side by side, as a Markdown table."""
+    sets = dict[str, Any]()
+    for result in results:
+        if "protocols" in result:
+            sets |= {f"flowers-cifar10 {k}": block for k, block in result["protocols"].items()}
+        else:
+            sets[result["evaluation"]] = result
+    files.write_text(path, markdown(sets))

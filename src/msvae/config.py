@@ -67,12 +67,14 @@ class ModelConfig:
 class TrainConfig:
     """One training: Adam with decoupled weight decay, a learning-rate schedule, early stopping.
 
-    A small folder is passed over more often than `epochs`, until `min_steps` steps are done.
+    A small folder is passed over more often than `epochs`, until `min_steps` steps are done. The
+    companion sees every image `companion_epochs` times, at its own small size.
     `patience` counts epochs without a better loss on the stop part; 0 never stops early.
     """
 
     epochs: int = 12
     min_steps: int = 240
+    companion_epochs: int = 60
     inspector_steps: int = 800
     batch_size: int = 32
     learning_rate: float = 1.5e-3
@@ -86,6 +88,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         _require(self.epochs >= 1, "train.epochs must be at least 1")
         _require(self.min_steps >= 0, "train.min_steps must not be negative")
+        _require(self.companion_epochs >= 1, "train.companion_epochs must be at least 1")
         _require(self.inspector_steps >= 1, "train.inspector_steps must be at least 1")
         _require(self.batch_size >= 2, "train.batch_size must be at least 2")
         _require(0 < self.learning_rate < 1, "train.learning_rate must lie in (0, 1)")

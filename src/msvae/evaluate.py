@@ -27,6 +27,7 @@ class Evaluation:
     seconds: dict[str, float]
     maps: dict[str, dict[str, float]] | None = None
     explanations: dict[str, dict[str, float]] | None = None
+    ablation: dict[str, dict[str, Any]] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The form of a folder evaluation."""
@@ -42,7 +43,11 @@ class Evaluation:
             "false_alarm": self.false_alarm,
             "seconds": self.seconds,
         }
-        more = {"maps": self.maps, "explanations": self.explanations}
+        more = {
+            "maps": self.maps,
+            "explanations": self.explanations,
+            "ablation": self.ablation,
+        }
         return out | {key: block for key, block in more.items() if block is not None}
 
 
@@ -58,11 +63,13 @@ def evaluate(
     best_f1_thresholds: Mapping[str, float] | None = None,
     maps: Mapping[str, Any] | None = None,
     masks: Any = None,
+    variants: Mapping[str, Floats] | None = None,
 ) -> Evaluation:
     """Judge every score of a labelled table at thresholds that were fixed before.
 
     `maps` and `masks` are one (H, W) array an image, in the order of the table. An anomalous image
-    with an empty mask counts for the image figures only. Raises `DataError` without both classes.
+    with an empty mask counts for the image figures only. `variants` are other fused scores. Raises
+    `DataError` without both classes.
     """
     labels = table.labels
     if labels is None or len(np.unique(labels)) < 2:
@@ -70,11 +77,8 @@ def evaluate(
     fused = table.scores.get("fused")
     scores = {}
     for key, values in table.scores.items():
-        scores[key] = judge(labels, values)
-        if fused is not None and key != "fused":
-            scores[key]["fused_minus_ci95"] = metrics.bootstrap_auroc_difference(
-                labels, fused, values
-            )
+        beside = None if key == "fused" else fused
+        scores[key] = judge(labels, values) | ranked(labels, values, beside)
         for rule, thresholds in (("frozen", frozen_thresholds), ("best_f1", best_f1_thresholds)):
             if thresholds and key in thresholds:
                 scores[key][rule] = at_threshold(labels, values, thresholds[key])
@@ -86,14 +90,26 @@ def evaluate(
         kept = [masks[i] for i in rows]
         judged = {k: pixel_metrics([v[i] for i in rows], kept).to_json() for k, v in maps.items()}
     alarms = false_alarm(table, n_conformal, target_fpr)
-    return Evaluation(name, n, image_size, scores, alarms, dict(seconds), judged)
+    ablation = {k: ranked(labels, v, fused) for k, v in (variants or {}).items()}
+    return Evaluation(
+        name, n, image_size, scores, alarms, dict(seconds), judged, ablation=ablation or None
+    )
+
+
+def ranked(labels: Ints, scores: Floats, fused: Floats | None = None) -> dict[str, Any]:
+    """The AUROC of one score with its interval, and the interval of the `fused` one's minus it."""
+    out: dict[str, Any] = {
+        "auroc": metrics.auroc(labels, scores),
+        "auroc_ci95": metrics.bootstrap_auroc(labels, scores),
+    }
+    if fused is not None:
+        out["fused_minus_ci95"] = metrics.bootstrap_auroc_difference(labels, fused, scores)
+    return out
 
 
 def judge(labels: Ints, scores: Floats) -> dict[str, Any]:
-    """The figures of one score that need no threshold; `f1_max` is an oracle."""
+    """The figures of one score that need no threshold, beside `ranked`; `f1_max` is an oracle."""
     return {
-        "auroc": metrics.auroc(labels, scores),
-        "auroc_ci95": metrics.bootstrap_auroc(labels, scores),
         "average_precision": metrics.average_precision(labels, scores),
         "fpr_at_95_tpr": metrics.fpr_at_tpr(labels, scores),
         "f1_max": metrics.f1_max(labels, scores),

@@ -31,7 +31,7 @@ from msvae.progress import Progress, Silent
 from msvae.references import References
 from msvae.scorer import Scorer, Told, learn
 from msvae.table import write_quarantine
-from msvae.train import State, train, train_inspector
+from msvae.train import State, train, train_companion, train_inspector
 
 REFERENCES = 1000  # training images whose thumbnails are kept
 THUMBNAIL = 32
@@ -205,6 +205,7 @@ def fit_parts(
         f"{sizes['conformal']} to calibrate on; {device.type}, {config.model.image_size} px"
     )
     state = _train(model, parts, config, folder, resume, progress)
+    train_companion(model, parts.train.pixels, config, progress)
     train_inspector(model, parts.train.pixels, config, progress)
     scoring = model.frozen(compute_type(config.train, device))
     scorer = _learn(scoring, parts, config, progress)
@@ -267,16 +268,18 @@ def refuse_shown(shown: Shown, known: Sequence[tuple[str, str]]) -> None:
 
 def taught(model: VAE, scorer: Scorer, ordinary: Images, shown: Shown) -> Scorer:
     """The scorer with what the examples teach, against normal images that were not trained on."""
-    device = next(model.parameters()).device
-
-    @torch.no_grad()
-    def told(pixels: Images) -> Told:
-        return scorer.told(
-            model.evidence(to_batch(batch, device)) for batch in batches(pixels, Silent(), "")
-        )
-
     kinds = (ordinary, shown.normal.pixels, shown.anomalous.pixels)
-    return scorer.taught(*(told(pixels) for pixels in kinds))
+    return scorer.taught(*(told(model, scorer, pixels) for pixels in kinds))
+
+
+@torch.no_grad()
+def told(
+    model: VAE, scorer: Scorer, pixels: Images, progress: Progress | None = None, task: str = ""
+) -> Told:
+    """What feedback learns from, and is applied to: features (N, F) and fused scores (N,)."""
+    device = next(model.parameters()).device
+    given = batches(pixels, progress or Silent(), task)
+    return scorer.told(model.evidence(to_batch(batch, device)) for batch in given)
 
 
 def decision_of(config: Config) -> Decision:

@@ -1,7 +1,7 @@
 """What goes on the page: a run, a benchmark or a scored folder -> Report."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,16 @@ from msvae.explanation import SHORT_UNITS, SHOWN, TITLES, Explanation, scale_of,
 from msvae.gallery import Gallery, Item, MapView, ScoreLine, choose
 from msvae.operating import Operating
 from msvae.progress import Progress, Silent
-from msvae.report import Ablation, Figure, Published, Report, Table, explanations_table, maps_table
+from msvae.report import (
+    Ablation,
+    Figure,
+    Published,
+    Report,
+    Table,
+    ablation_table,
+    explanations_table,
+    maps_table,
+)
 from msvae.table import ScoreTable
 from msvae.wording import ABOUT, GALLERIES, Summary
 from msvae.workflow import history_of
@@ -127,10 +136,13 @@ def benchmark_page(out: Path, found: Mapping[str, Any], progress: Progress) -> R
 
 
 def _tables(block: Mapping[str, Any]) -> tuple[Table, ...]:
-    """What the maps reach, where it was measured."""
-    maps = (maps_table(block["maps"]),) if block.get("maps") else ()
-    tested = block.get("explanations")
-    return (*maps, explanations_table(tested)) if tested else maps
+    """What the parts of the fused score and the maps reach, where it was measured."""
+    kinds: dict[str, Callable[[Any], Table]] = {
+        "ablation": ablation_table,
+        "maps": maps_table,
+        "explanations": explanations_table,
+    }
+    return tuple(draw(block[key]) for key, draw in kinds.items() if block.get(key))
 
 
 def table_page(path: Path, run: Path | None, progress: Progress) -> Report:

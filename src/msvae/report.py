@@ -171,6 +171,29 @@ def maps_table(maps: Mapping[str, Mapping[str, float]], **more: Any) -> Table:
     return Table(**{**words, "columns": columns, "rows": rows, **more})
 
 
+ABLATION_ABOUT = (
+    "The frozen fusion with one score silenced, and the same scores joined otherwise. The intervals "
+    "are 95 % bootstrap intervals, of the AUROC and of the fused score's minus it."
+)
+
+
+def ablation_table(variants: Mapping[str, Mapping[str, Any]], **more: Any) -> Table:
+    """The `ablation` block of a metrics.json as a table."""
+
+    def cells(block: Mapping[str, Any]) -> tuple[float | str | None, ...]:
+        area, gain = block["auroc_ci95"], block["fused_minus_ci95"]
+        return (
+            block["auroc"],
+            f"{area[0]:.3f} to {area[1]:.3f}",
+            f"{gain[0]:+.3f} to {gain[1]:+.3f}",
+        )
+
+    columns = ("AUROC", "95 % interval", "fused minus this")
+    rows = {name: cells(block) for name, block in variants.items()}
+    words = {"title": "What each part is worth", "about": ABLATION_ABOUT}
+    return Table(**{**words, "columns": columns, "rows": rows, **more})
+
+
 def explanations_table(kinds: Mapping[str, Mapping[str, float]], **more: Any) -> Table:
     """The `explanations` block of a metrics.json as a table."""
     keys = [k for k in EXPLANATION_COLUMNS if any(k in figures for figures in kinds.values())]

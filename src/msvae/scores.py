@@ -66,7 +66,7 @@ def order(e: Evidence) -> Tensor:
 
 
 def turn(e: Evidence) -> Tensor:
-    """Mean of -log p(true quarter turn) over the four turns, (B,), nats."""
+    """Mean of -log p(true quarter turn) over the ways an image is shown, (B,), nats."""
     return (
         e.pretext.chunk(2, dim=1)[1].mean(dim=1)
         if e.pretext.shape[1]

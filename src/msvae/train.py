@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from msvae import scores
@@ -22,7 +22,7 @@ from msvae.compute import compute_type, to_batch
 from msvae.config import AugmentConfig, Config, TrainConfig
 from msvae.errors import TrainingError
 from msvae.imagine import COLOURED, Imagination, varied
-from msvae.model import ORDERS, TURNS, VAE
+from msvae.model import ORDERS, TURNS, VAE, Companion
 from msvae.progress import Progress, Silent
 
 
@@ -37,7 +37,8 @@ Row = dict[str, float]
 Note = Callable[[str], None]
 DIVERGED = "the loss is not a finite number: lower train.learning_rate"
 # What the companion sees is shifted and mirrored, so that it does not know its images by heart.
-SHOWN = AugmentConfig(flip_horizontal=True, crop=0.125)
+MOVED = AugmentConfig(flip_horizontal=True, crop=0.125)
+COMPANION_STEPS = 12_000  # at most: of a large folder it learns the tasks in fewer passes
 INSPECTOR_RATE = 2e-3
 SHORTEST_EPOCH = 25  # steps; a small folder is passed over several times in one epoch
 
@@ -62,9 +63,8 @@ def transform(x: Tensor, orders: Tensor, turns: Tensor) -> Tensor:
     return sum((torch.where(pick == k, t, 0.0) for k, t in enumerate(turned)), torch.zeros_like(x))
 
 
-def learning_rate(step: int, total: int, config: TrainConfig) -> float:
-    """The rate at a step of `total`; `onecycle` warms up over the first tenth (Smith 2018)."""
-    at = step / max(total, 1)
+def learning_rate(at: float, config: TrainConfig) -> float:
+    """The rate after a share `at` of the steps; `onecycle` warms up over a tenth (Smith 2018)."""
     if config.schedule == "constant":
         return config.learning_rate
     if config.schedule == "onecycle" and at < 0.1:
@@ -77,88 +77,71 @@ def learning_rate(step: int, total: int, config: TrainConfig) -> float:
 class Losses(NamedTuple):
     """The terms of one batch: what is minimised, and what is logged."""
 
-    total: Tensor  # ELBO in nats per pixel value, plus pretext
+    total: Tensor  # ELBO in nats per pixel value
     reconstruction: Tensor  # squared intensity, mean over pixels
     kl: Tensor  # nats per image
-    pretext: Tensor  # nats per image
 
 
-def losses(
-    model: VAE,
-    x: Tensor,
-    beta: float,
-    noise: Tensor | None,
-    orders: Tensor,
-    turns: Tensor,
-    shown: Tensor | None = None,
-) -> Losses:
-    """The ELBO of images (B, 3, S, S), and the companion's cross-entropy on transformed copies.
-
-    The companion is shown `shown`, (B, 3, s, s), or the images themselves.
-    """
+def losses(model: VAE, x: Tensor, beta: float, noise: Tensor | None) -> Losses:
+    """The ELBO of images (B, 3, S, S)."""
     e = model(x, noise)
     e = e._replace(recon=e.recon.float(), mu=e.mu.float(), logvar=e.logvar.float())
     error = scores.reconstruction(e).mean()
     # The optimal decoder variance of the batch; detached, its gradient is that of the analytic
     # σ-VAE loss D/2 log(mean squared error) (Rybkin et al. 2021, eq. 6).
     variance = error.detach() + 1e-6 if model.config.sigma_vae else None
-    pretext = x.new_zeros(())
-    if model.companion is not None:
-        order, turn = model.companion(transform(x if shown is None else shown, orders, turns))
-        pretext = F.nll_loss(order.float(), orders) + F.nll_loss(turn.float(), turns)
     per_value = scores.elbo(e, beta, variance).mean() / x[0].numel()
-    return Losses(per_value + pretext, error, scores.kl(e).mean(), pretext)
+    return Losses(per_value, error, scores.kl(e).mean())
+
+
+def pretext_loss(companion: Companion, x: Tensor, orders: Tensor, turns: Tensor) -> Tensor:
+    """The companion's cross-entropies of orders and turns (B,) of images (B, 3, s, s), nats."""
+    order, turn = companion(transform(x, orders, turns))
+    return F.nll_loss(order.float(), orders) + F.nll_loss(turn.float(), turns)
 
 
 class Trainer:
-    """The model, its optimiser and the plan of one training; `train` drives it epoch by epoch."""
+    """The VAE, its optimiser and the plan of one training; `train` drives it epoch by epoch."""
 
     def __init__(self, model: VAE, config: Config, count: int) -> None:
         c = self.config = config.train
         self.model, self.augment, self.count = model, config.augment, count
         self.device = next(model.parameters()).device
+        self.parameters = list(model.autoencoder())
         self.optimiser = torch.optim.AdamW(
-            model.parameters(), lr=c.learning_rate, weight_decay=c.weight_decay, fused=True
+            self.parameters, lr=c.learning_rate, weight_decay=c.weight_decay, fused=True
         )
         self.passes = max(1, round(SHORTEST_EPOCH * c.batch_size / count))
         self.steps = max(1, self.passes * count // c.batch_size)
         self.epochs = max(c.epochs, math.ceil(c.min_steps / self.steps))
-        self.low_precision = compute_type(c, self.device) is torch.bfloat16
+        self.low_precision = low_precision(c, self.device)
 
     def step(self, x: Tensor, rate: float, gen: torch.Generator) -> Losses:
         """One optimiser step on images (B, 3, S, S)."""
         noise = torch.randn(len(x), self.model.config.latent_dim, generator=gen)
-        companion = self.model.companion
-        shown = None if companion is None else augment(companion.reduced(x), SHOWN, gen)
-        loss = self.losses(x, noise, gen, shown)
+        loss = self.losses(x, noise.to(self.device))
         self.optimiser.param_groups[0]["lr"] = rate
         self.optimiser.zero_grad(set_to_none=True)
         loss.total.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 10.0)
+        torch.nn.utils.clip_grad_norm_(self.parameters, 10.0)
         self.optimiser.step()
         return loss
 
-    def losses(
-        self, x: Tensor, noise: Tensor | None, gen: torch.Generator, shown: Tensor | None = None
-    ) -> Losses:
-        """The losses of images with random transformations drawn for the companion."""
-        orders = torch.randint(len(ORDERS), (len(x),), generator=gen).to(self.device)
-        turns = torch.randint(len(TURNS), (len(x),), generator=gen).to(self.device)
-        noise = None if noise is None else noise.to(self.device)
+    def losses(self, x: Tensor, noise: Tensor | None) -> Losses:
+        """The losses of images, in the precision of the training."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.low_precision):
-            return losses(self.model, x, self.config.beta, noise, orders, turns, shown)
+            return losses(self.model, x, self.config.beta, noise)
 
     def epoch(self, pixels: Pixels, state: State, ticks: Iterator[int], note: Note) -> Row:
         """All steps of one epoch; the means of its losses as a row of the history."""
-        began, seen = time.perf_counter(), torch.zeros(4, device=self.device)
+        began, seen = time.perf_counter(), torch.zeros(3, device=self.device)
         self.model.train()
         gen = _generator(self.config.seed, state.epoch)
         for at, rows in enumerate(_batches(self, gen)):
             next(ticks)
             x = augment(to_batch(pixels[rows], self.device), self.augment, gen)
-            rate = learning_rate(
-                state.epoch * self.steps + at, self.epochs * self.steps, self.config
-            )
+            done = (state.epoch * self.steps + at) / (self.epochs * self.steps)
+            rate = learning_rate(done, self.config)
             loss = self.step(x, rate, gen)
             seen += torch.stack([t.detach() for t in loss])
             if at % 5 == 0:
@@ -171,12 +154,12 @@ class Trainer:
 
     @torch.inference_mode()
     def stop_loss(self, pixels: Pixels) -> float:
-        """The loss on the stop part: posterior means, no augmentation, the same draws every time."""
+        """The loss on the stop part: posterior means, no augmentation."""
         self.model.eval()
-        gen, total = _generator(self.config.seed, -1), 0.0
+        total = 0.0
         for first in range(0, len(pixels), self.config.batch_size):
             x = to_batch(pixels[first : first + self.config.batch_size], self.device)
-            total += float(self.losses(x, None, gen).total) * len(x)
+            total += float(self.losses(x, None).total) * len(x)
         return total / len(pixels)
 
 
@@ -190,7 +173,7 @@ def train(
     save: Callable[[State], None] = lambda state: None,
     progress: Progress | None = None,
 ) -> State:
-    """Train in place on pixels (N, S, S, 3); leave the weights that were best on `stop` in `model`.
+    """Train the VAE in place on pixels (N, S, S, 3); leave the weights that were best on `stop`.
 
     `state` continues an interrupted training; `save` is called with the state after every epoch.
     Raises `TrainingError` when the loss is not a finite number.
@@ -216,6 +199,36 @@ def train(
     return state
 
 
+def train_companion(
+    model: VAE, pixels: Pixels, config: Config, progress: Progress | None = None
+) -> None:
+    """Teach the model's companion, in place, orders and turns of pixels (N, S, S, 3).
+
+    A loop of its own: at its small size a pass over the images is cheap, and it goes on learning
+    long after the VAE has stopped (LOG.md). It depends on the arguments and the seed alone. Raises
+    `TrainingError` when the loss is not a finite number.
+    """
+    companion, c = model.companion, config.train
+    if companion is None:
+        return
+    device, gen = next(model.parameters()).device, _generator(c.seed, -1)
+    rows = _endless(len(pixels), c.batch_size, gen)
+    passes = c.companion_epochs * len(pixels) // c.batch_size
+    steps = min(max(passes, c.min_steps, 1), COMPANION_STEPS)
+
+    def loss() -> Tensor:
+        x = augment(companion.reduced(to_batch(pixels[next(rows)], device)), MOVED, gen)
+        orders = torch.randint(len(ORDERS), (len(x),), generator=gen).to(device)
+        turns = torch.randint(len(TURNS), (len(x),), generator=gen).to(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=low_precision(c, device)):
+            return pretext_loss(companion, x, orders, turns)
+
+    def rate(at: float) -> float:
+        return learning_rate(at, c)
+
+    _teach(companion, loss, rate, steps, progress, "learning orders and turns")
+
+
 def inspection_loss(odds: Tensor, mask: Tensor) -> Tensor:
     """Cross-entropy of the pixels, plus the share that mask and marks do not overlap (Dice)."""
     found = odds.sigmoid()
@@ -228,41 +241,70 @@ def train_inspector(
 ) -> None:
     """Teach the model's inspector, in place, to mark imagined defects on pixels (N, S, S, 3).
 
-    A loop of its own, since it wants more steps of smaller images than the VAE; it depends on the
+    A loop of its own, since it wants more steps of smaller batches than the VAE; it depends on the
     arguments and the seed alone. Raises `TrainingError` when the loss is not a finite number.
     """
-    inspector = model.inspector
+    inspector, c, side = model.inspector, config.train, config.model.image_size
     if inspector is None:
         return
-    c, device, side = config.train, next(model.parameters()).device, config.model.image_size
-    gen = _generator(c.seed, -2)
+    device, gen = next(model.parameters()).device, _generator(c.seed, -2)
     coloured = float(pixels[:200].std(axis=3).mean()) > COLOURED
     imagination = Imagination.prepare(side, coloured, gen)
-    optimiser = torch.optim.AdamW(inspector.parameters(), weight_decay=1e-4, fused=True)
-    size, loss = (32 if side <= 64 else 16), torch.zeros(())
-    low = compute_type(c, device) is torch.bfloat16
-    inspector.train()
-    ticks = (progress or Silent()).track(
-        range(c.inspector_steps), "imagining defects", c.inspector_steps
-    )
-    for step in ticks:
-        rows = torch.randint(len(pixels), (size,), generator=gen).numpy()
-        spoilt, mask = imagination(varied(to_batch(pixels[rows], device), gen), gen)
+    rows = _endless(len(pixels), 32 if side <= 64 else 16, gen)
+
+    def loss() -> Tensor:
+        x = varied(to_batch(pixels[next(rows)], device), gen)
+        spoilt, mask = imagination(x, gen)
         spoilt = spoilt.contiguous(memory_format=torch.channels_last)
-        with torch.autocast(device.type, torch.bfloat16, enabled=low):
+        with torch.autocast(device.type, torch.bfloat16, enabled=low_precision(c, device)):
             odds = inspector(spoilt)
-        loss = inspection_loss(odds.float(), mask)
-        at = step / c.inspector_steps
-        optimiser.param_groups[0]["lr"] = INSPECTOR_RATE * min(1, 10 * at + 0.1) * (1 - at)
+        return inspection_loss(odds.float(), mask)
+
+    def rate(at: float) -> float:
+        return INSPECTOR_RATE * min(1, 10 * at + 0.1) * (1 - at)
+
+    _teach(inspector, loss, rate, c.inspector_steps, progress, "imagining defects")
+
+
+def _teach(
+    network: nn.Module,
+    loss_of: Callable[[], Tensor],
+    rate: Callable[[float], float],
+    steps: int,
+    progress: Progress | None,
+    task: str,
+) -> None:
+    """So many steps on batches that `loss_of` draws, at a rate by the share of the steps done."""
+    progress, loss = progress or Silent(), torch.zeros(())
+    optimiser = torch.optim.AdamW(network.parameters(), weight_decay=1e-4, fused=True)
+    network.train()
+    for step in progress.track(range(steps), task, steps):
+        loss = loss_of()
+        optimiser.param_groups[0]["lr"] = rate(step / steps)
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(inspector.parameters(), 5.0)
+        nn.utils.clip_grad_norm_(network.parameters(), 5.0)
         optimiser.step()
-        if progress is not None and step % 20 == 0:
+        if step % 20 == 0:
             progress.note(f"loss {loss:.3f}")
     if not torch.isfinite(loss):
         raise TrainingError(DIVERGED)
-    inspector.eval()
+    network.eval()
+
+
+def low_precision(config: TrainConfig, device: torch.device) -> bool:
+    """Whether to train in bfloat16."""
+    return compute_type(config, device) is torch.bfloat16
+
+
+def _endless(count: int, size: int, gen: torch.Generator) -> Iterator[NDArray[np.int64]]:
+    """Indices of batches without an end, every image once before any comes again."""
+    rest = torch.empty(0, dtype=torch.long)
+    while True:
+        while len(rest) < size:
+            rest = torch.cat([rest, torch.randperm(count, generator=gen)])
+        batch, rest = rest[:size], rest[size:]
+        yield batch.numpy()
 
 
 def _patience_over(state: State, patience: int) -> bool:
@@ -302,7 +344,7 @@ def _keep(trainer: Trainer, state: State, loss: float) -> None:
 def _restore(trainer: Trainer, state: State) -> None:
     """Take weights and moments from the state."""
     adam: dict[int, dict[str, Tensor]] = {}
-    parameters = list(trainer.model.parameters())
+    parameters = trainer.parameters
     groups = trainer.optimiser.state_dict()["param_groups"]
     try:
         for name, value in _under(state.tensors, "adam.").items():

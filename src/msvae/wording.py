@@ -26,6 +26,7 @@ ABOUT = {
     "complexity": "two-sided, the image by frequency band",
     "typicality": "two-sided density of all statistics",
     "fused": "all of them: the decision",
+    "fused_feedback": "the same, taught by labelled anomalies",
 }
 
 EXTREMES = {  # what a high score says of an image, and what a low one says

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from msvae import config as settings
 from msvae import explanation, figures, files, metrics, pictures
+from msvae.ablation import variants
 from msvae.calibration import Calibration, Decision, rank
 from msvae.data.folder import Sample, find_labelled, warn_of
 from msvae.data.images import (
@@ -71,7 +72,7 @@ def evaluate_samples(
 
     The maps of at most `tested` anomalous images are tested.
     """
-    began = time.perf_counter()
+    began, scorer = time.perf_counter(), detector.scorer
     progress, masked = progress or Silent(), any(s.mask for s in samples)
     scan = detector.scan([s.path for s in samples], with_maps=masked, progress=progress)
     spent = {**(seconds or {}), "score": time.perf_counter() - began}
@@ -93,6 +94,7 @@ def evaluate_samples(
         masks=masks,
         image_size=detector.config.model.image_size,
         seconds=spent,
+        variants=None if scorer.feedback.learned else variants(scorer.fusion, table.scores),
     )
     scan = replace(scan, table=table)
     write_evaluation(out, evaluation.to_json(), scan, history)

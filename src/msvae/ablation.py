@@ -1,0 +1,71 @@
+"""What each part of the fused score is worth: each score left out, and other ways to join them all.
+
+Nothing is fitted anew: the frozen fusion reads the same scores with one of them silenced, or its
+surprisals are joined otherwise.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from math import log
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from msvae.fusion import Fusion
+from msvae.scorer import EXPERTS
+
+WITHOUT = "without {}"  # the fused score, with one score silenced
+# Other ways to join weighted surprisals (B, K), nats.
+JOINS: dict[str, Callable[[Tensor], Tensor]] = {
+    "sum of surprisals (Fisher)": lambda told: told.sum(dim=1),
+    "root of squares": lambda told: told.norm(dim=1),
+    "greatest (least p)": lambda told: told.amax(dim=1),
+    "harmonic mean of p": lambda told: told.logsumexp(dim=1) - log(told.shape[1]),
+}
+STOUFFER = "weighted quantiles (Stouffer)"
+
+
+def variants(
+    fusion: Fusion, scores: Mapping[str, NDArray[np.float64]]
+) -> dict[str, NDArray[np.float64]]:
+    """Other fused scores (N,) of images, from every one of their `scores` (N,)."""
+    experts = torch.from_numpy(np.stack([scores[k] for k in EXPERTS], axis=1))
+    out = {}
+    for column, name in enumerate(EXPERTS):
+        weights = fusion.weights.clone()
+        weights[column] = 0
+        out[WITHOUT.format(name)] = replace(fusion, weights=weights)(experts)
+    told = fusion.surprisals(experts)
+    out |= {name: join(told) for name, join in JOINS.items()}
+    kept = fusion.weights[fusion.quantiles.kept]
+    out[STOUFFER] = fusion.standing(experts) @ kept / kept.norm().clamp_min(1e-12)
+    return {name: value.numpy() for name, value in out.items()}
+
+
+def markdown(sets: Mapping[str, Mapping[str, Any]]) -> str:
+    """The AUROCs of every score, and of every variant, of several sets side by side.
+
+    `sets` are blocks of `metrics.json` by the name of their column.
+    """
+    lines = []
+    for title, key in (("Each score alone", "scores"), ("The fused score changed", "ablation")):
+        blocks = {name: block[key] for name, block in sets.items() if key in block}
+        rows = list(dict.fromkeys(row for block in blocks.values() for row in block))
+        lines += [f"| {title} | " + " | ".join(blocks) + " |", "|---" * (len(blocks) + 1) + "|"]
+        lines += [_row(row, [block.get(row) for block in blocks.values()]) for row in rows]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _row(name: str, figures: Sequence[Mapping[str, Any] | None]) -> str:
+    cells = []
+    for found in figures:
+        if found is None:
+            cells.append("–")
+            continue
+        low, high = found["auroc_ci95"]
+        cells.append(f"{found['auroc']:.3f} ({low:.3f}–{high:.3f})")
+    return f"| {name} | " + " | ".join(cells) + " |"

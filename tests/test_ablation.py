@@ -1,0 +1,62 @@
+"""The variants of the fused score against the fused score itself, and against their definitions."""
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from msvae.ablation import STOUFFER, WITHOUT, markdown, variants
+from msvae.fusion import Fusion
+from msvae.scorer import EXPERTS, PLACES
+
+
+@pytest.fixture
+def fitted():
+    """A fusion of 400 training images, and the scores of 50 others as columns of a table."""
+    gen = torch.Generator().manual_seed(0)
+    training = torch.randn(400, len(EXPERTS), generator=gen, dtype=torch.float64)
+    weights = torch.linspace(0.3, 1, len(EXPERTS), dtype=torch.float64)
+    others = 1.5 * torch.randn(50, len(EXPERTS), generator=gen, dtype=torch.float64)
+    fusion = Fusion.fit(training, weights, len(PLACES))
+    return fusion, training, weights, others
+
+
+def columns(experts):
+    return {name: experts[:, i].numpy() for i, name in enumerate(EXPERTS)}
+
+
+@pytest.mark.parametrize("left_out", range(len(EXPERTS)))
+def test_a_score_left_out_is_one_that_never_was(fitted, left_out):
+    """The same as a fusion of training images on which that score was constant."""
+    _, training, weights, others = fitted
+    silent = training.clone()
+    silent[:, left_out] = 0
+    never = Fusion.fit(silent, weights, len(PLACES))(others)
+    found = variants(fitted[0], columns(others))[WITHOUT.format(EXPERTS[left_out])]
+    np.testing.assert_allclose(found, never.numpy(), rtol=1e-9)
+
+
+def test_the_other_joins_are_those_of_the_p_values(fitted):
+    """Fisher's, Tippett's, the harmonic mean's and Stouffer's, by scipy where all weigh one."""
+    fusion, training, _, others = fitted
+    fusion = Fusion.fit(training, torch.ones(len(EXPERTS)).double(), len(PLACES))
+    found = variants(fusion, columns(others))
+    p = np.exp(-fusion.surprisals(others).numpy())
+    fisher = [stats.combine_pvalues(row, "fisher").statistic / 2 for row in p]
+    np.testing.assert_allclose(found["sum of surprisals (Fisher)"], fisher)
+    np.testing.assert_allclose(found["greatest (least p)"], -np.log(p.min(axis=1)))
+    np.testing.assert_allclose(found["harmonic mean of p"], -np.log(stats.hmean(p, axis=1)))
+    stouffer = [stats.combine_pvalues(row, "stouffer").statistic for row in p]
+    np.testing.assert_allclose(found[STOUFFER], stouffer, atol=1e-6)
+
+
+def test_the_table_names_every_score_once_and_what_is_missing():
+    """Sets side by side; a score that a set lacks is a dash."""
+    block = {"auroc": 0.9, "auroc_ci95": (0.85, 0.95)}
+    one = {"scores": {"fused": block, "order": block}, "ablation": {"without order": block}}
+    two = {"scores": {"fused": block}, "ablation": {}}
+    lines = markdown({"flowers": one, "bottle": two}).splitlines()
+    assert "| order | 0.900 (0.850–0.950) | – |" in lines
+    assert "| fused | 0.900 (0.850–0.950) | 0.900 (0.850–0.950) |" in lines
+    assert "| without order | 0.900 (0.850–0.950) | – |" in lines
+    assert {line.count("|") for line in lines if line} == {4}
