@@ -84,8 +84,11 @@ def _gradients(luma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _least(luma: Tensor) -> Tensor:
-    padded = F.pad(luma[:, None], (1, 1, 1, 1), mode="reflect")
-    return -F.max_pool2d(-padded, 3, stride=1)[:, 0]
+    """The least of the 3 x 3 values around each, mirrored at the edges: rows, then columns."""
+    rows = F.pad(luma, (1, 1), mode="reflect")
+    rows = torch.minimum(torch.minimum(rows[..., :-2], rows[..., 2:]), luma)
+    both = F.pad(rows.mT, (1, 1), mode="reflect").mT
+    return torch.minimum(torch.minimum(both[:, :-2], both[:, 2:]), rows)
 
 
 def descriptor(statistics: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ of an epoch gives the same bits as one that was never interrupted (on the CPU).
 
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
@@ -39,6 +40,8 @@ DIVERGED = "the loss is not a finite number: lower train.learning_rate"
 # What the companion sees is shifted and mirrored, so that it does not know its images by heart.
 MOVED = AugmentConfig(flip_horizontal=True, crop=0.125)
 COMPANION_STEPS = 12_000  # at most: of a large folder it learns the tasks in fewer passes
+HOPELESS = 0.9  # of a guess's loss: what the companion cannot learn here would weigh nothing
+LOOK, LATEST = 240, 50  # steps before it is looked at; the latest of them count
 INSPECTOR_RATE = 2e-3
 SHORTEST_EPOCH = 25  # steps; a small folder is passed over several times in one epoch
 
@@ -226,7 +229,9 @@ def train_companion(
     def rate(at: float) -> float:
         return learning_rate(at, c)
 
-    _teach(companion, loss, rate, steps, progress, "learning orders and turns")
+    guess = math.log(len(ORDERS) * len(TURNS))
+    task = "learning orders and turns"
+    _teach(companion, loss, rate, steps, progress, task, hopeless=HOPELESS * guess)
 
 
 def inspection_loss(odds: Tensor, mask: Tensor) -> Tensor:
@@ -273,9 +278,14 @@ def _teach(
     steps: int,
     progress: Progress | None,
     task: str,
+    hopeless: float = math.inf,
 ) -> None:
-    """So many steps on batches that `loss_of` draws, at a rate by the share of the steps done."""
+    """So many steps on batches that `loss_of` draws, at a rate by the share of the steps done.
+
+    After a quarter of them it gives up where the loss is still above `hopeless`.
+    """
     progress, loss = progress or Silent(), torch.zeros(())
+    latest, look = deque[Tensor](maxlen=LATEST), max(steps // 4, LOOK)
     optimiser = torch.optim.AdamW(network.parameters(), weight_decay=1e-4, fused=True)
     network.train()
     for step in progress.track(range(steps), task, steps):
@@ -285,8 +295,11 @@ def _teach(
         loss.backward()
         nn.utils.clip_grad_norm_(network.parameters(), 5.0)
         optimiser.step()
+        latest.append(loss.detach())
         if step % 20 == 0:
             progress.note(f"loss {loss:.3f}")
+        if step == look and torch.stack([*latest]).mean() > hopeless:
+            break
     if not torch.isfinite(loss):
         raise TrainingError(DIVERGED)
     network.eval()
