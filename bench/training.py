@@ -17,7 +17,8 @@ from msvae.config import Config
 from msvae.data.images import load_image
 from msvae.fitting import Keeper
 from msvae.model import ORDERS, TURNS, VAE
-from msvae.train import Trainer, losses, pretext_loss, train, train_companion
+from msvae.teach import pretext_loss, train_companion
+from msvae.train import Trainer, losses, train
 
 STEPS, EPOCHS = 100, 2  # of a round of the fast contestants
 SLOW_STEPS = 25  # of a round of the slow ones, one epoch

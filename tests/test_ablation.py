@@ -5,8 +5,9 @@ import pytest
 import torch
 from scipy import stats
 
-from msvae.ablation import STOUFFER, WITHOUT, markdown, variants
+from msvae.ablation import STOUFFER, WITHOUT, variants
 from msvae.fusion import Fusion
+from msvae.report import ablation_markdown
 from msvae.scorer import EXPERTS, PLACES
 
 
@@ -55,7 +56,7 @@ def test_the_table_names_every_score_once_and_what_is_missing():
     block = {"auroc": 0.9, "auroc_ci95": (0.85, 0.95)}
     one = {"scores": {"fused": block, "order": block}, "ablation": {"without order": block}}
     two = {"scores": {"fused": block}, "ablation": {}}
-    lines = markdown({"flowers": one, "bottle": two}).splitlines()
+    lines = ablation_markdown({"flowers": one, "bottle": two}).splitlines()
     assert "| order | 0.900 (0.850–0.950) | – |" in lines
     assert "| fused | 0.900 (0.850–0.950) | 0.900 (0.850–0.950) |" in lines
     assert "| without order | 0.900 (0.850–0.950) | – |" in lines

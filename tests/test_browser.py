@@ -16,7 +16,7 @@ from sklearn.metrics import accuracy_score, f1_score
 
 from msvae.gallery import Gallery, Item, MapView, ScoreLine
 from msvae.operating import Operating
-from msvae.report import Ablation, Figure, Report, ScoreFigures, Table, render, write_report
+from msvae.report import Comparison, Figure, Report, ScoreFigures, Table, render, write_report
 from msvae.wording import Summary
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -95,7 +95,9 @@ def report_of(data):
         title="A report of a run with a rather long title",
         summaries=(Summary(images=100, flagged=30, target_fpr=0.05, n_conformal=39),),
         thresholds=(labelled, plain),
-        ablation=Ablation(protocols=protocols, about={"fused": "all of them"}, notes=("A note.",)),
+        comparison=Comparison(
+            protocols=protocols, about={"fused": "all of them"}, notes=("A note.",)
+        ),
         galleries=(
             Gallery(title="Most anomalous", items=(item(0, MASK), item(1), item(2, MASK))),
             Gallery(title="Misses", items=(item(3),)),

@@ -577,6 +577,44 @@ def test_benchmark_magnetic_tile(msvae, tmp_path):
     assert sum(map(len, parts.values())) == len(set().union(*parts.values())) == 30
 
 
+def test_benchmark_all_writes_the_ablation(msvae, tmp_path, monkeypatch):
+    """Each benchmark in a folder of its own, their figures side by side, protocols as columns."""
+    block = {"auroc": 0.9, "auroc_ci95": [0.85, 0.95]}
+    found = {"scores": {"fused": block}, "ablation": {"without order": block}}
+    asked = {}
+
+    def run(name, options, out):
+        asked[name] = out
+        both = {"protocols": {"equalised": found, "native": found}}
+        return both if name == "flowers-cifar10" else {"evaluation": name, **found}
+
+    monkeypatch.setattr(cli, "_run_benchmark", run)
+    code, _, lines = msvae("benchmark", "all", "--data-dir", tmp_path, "--out", tmp_path / "out")
+    assert code == 0
+    assert asked == {n: tmp_path / "out" / n for n in ("flowers-cifar10", "mvtec", "magnetic-tile")}
+    assert "ablation.md" in lines[-1]
+    table = (tmp_path / "out" / "ablation.md").read_text().splitlines()
+    heads = ["flowers-cifar10 equalised", "flowers-cifar10 native", "mvtec", "magnetic-tile"]
+    assert table[0] == "| Each score alone | " + " | ".join(heads) + " |"
+    assert "| without order |" + 4 * " 0.900 (0.850–0.950) |" in table
+
+
+def test_benchmarks_refuse_before_the_work(msvae, tmp_path, monkeypatch):
+    """Options that mean nothing, data that are not named, results that would be written over."""
+    monkeypatch.setattr(cli, "_run_benchmark", lambda *_: pytest.fail("began"))
+    out = tmp_path / "out"
+    (out / "mvtec").mkdir(parents=True)
+    (out / "mvtec" / "config.json").write_text("{}")
+    for words, remedy in (
+        (["mvtec", "--data-dir", tmp_path, "--feedback", "4"], "leave it out"),
+        (["all"], "--data-dir"),
+        (["all", "--data-dir", tmp_path], "--overwrite"),
+    ):
+        code, _, lines = msvae("benchmark", *words, "--out", out)
+        assert code == 2
+        assert remedy in lines[-1]
+
+
 def test_demo(made, msvae, tmp_path, monkeypatch):
     """Fits, evaluates and reports into runs/demo without being told anything; here on a tiny tree."""
     small = config.preset("default").replace(

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from msvae import fit, load
+from msvae import fit, fitting, load
 from msvae.config import Config
 from msvae.errors import (
     ConfigError,
@@ -26,6 +26,7 @@ from msvae.errors import (
 )
 from msvae.scorer import PLACES
 from msvae.table import ScoreTable
+from msvae.train import Trainer
 
 CONFIG = Config().replace(
     image_size=32,
@@ -416,6 +417,22 @@ def test_a_killed_fit_resumes_bit_equal(tmp_path):
         (tmp_path / n / "model.safetensors").read_bytes() for n in ("whole", "killed")
     )
     assert whole_bytes == bytes_
+
+
+def test_a_fit_killed_in_the_companions_loop_keeps_the_vae(tmp_path, monkeypatch):
+    """However seldom checkpoints are written: resumed, no epoch of the VAE is trained again."""
+    config = CONFIG.replace(companion=True, companion_epochs=1, epochs=3, min_steps=0)
+    whole = fit(NORMAL, config=config)
+    with monkeypatch.context() as patch:
+        patch.setattr(fitting, "train_companion", _interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            fit(NORMAL, tmp_path / "killed", config=config)
+    monkeypatch.setattr(Trainer, "step", lambda *_: pytest.fail("trained again"))
+    same(whole.score(NEW), fit(NORMAL, tmp_path / "killed", config=config, resume=True).score(NEW))
+
+
+def _interrupted(*_):
+    raise KeyboardInterrupt
 
 
 def test_new_thresholds_without_training(loaded, run_folder, tmp_path):

@@ -7,7 +7,8 @@ from torch.nn import functional as F
 
 from msvae.config import PRESETS, Config, preset
 from msvae.model import LOGVAR_RANGE, ORDERS, SHOWN, TURNS, VAE
-from msvae.train import inspection_loss, losses, pretext_loss
+from msvae.teach import inspection_loss, pretext_loss
+from msvae.train import losses
 
 SMALL = Config().replace(image_size=32, hidden_dims=(8, 16), latent_dim=8)
 

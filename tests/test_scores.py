@@ -19,8 +19,9 @@ from msvae.model import VAE
 from msvae.scorer import PLACES, learn
 from msvae.scores import Mahalanobis, Neighbours
 from msvae.structure import StructureMap, local_statistics
+from msvae.teach import train_companion
 from msvae.tensors import flatten
-from msvae.train import losses, train, train_companion
+from msvae.train import losses, train
 
 CONFIG = Config().replace(
     image_size=32,

@@ -8,20 +8,15 @@ import torch
 from torch.nn import functional as F
 
 from msvae import store
-from msvae import train as training
 from msvae.compute import to_batch
 from msvae.config import AugmentConfig, Config, TrainConfig
 from msvae.errors import TrainingError
-from msvae.model import ORDERS, VAE
-from msvae.progress import Silent
+from msvae.model import VAE
 from msvae.train import (
     State,
     Trainer,
     learning_rate,
-    pretext_loss,
     train,
-    train_companion,
-    transform,
 )
 
 SMALL = Config().replace(
@@ -308,90 +303,6 @@ def test_the_schedule_is_over_the_whole_training():
         assert row["learning_rate"] == pytest.approx(expected, rel=1e-9)
 
 
-# The companion.
-
-WITH_COMPANION = SMALL.replace(companion=True, companion_epochs=40, batch_size=8)
-
-
-def tinted(n, seed):
-    """Red above, blue below: orders and turns can both be told."""
-    images = smooth_images(n, seed).astype(float)
-    ramp = np.linspace(-100, 100, 16)[:, None]
-    images += np.stack([-ramp, 0 * ramp, ramp], axis=-1)
-    return images.clip(0, 255).astype(np.uint8)
-
-
-def test_the_companion_learns_its_tasks():
-    """On images that it never saw it does far better than by guessing."""
-    model = built(WITH_COMPANION)
-    train_companion(model, tinted(24, 1), WITH_COMPANION)
-    assert not model.companion.training
-    gen = torch.Generator().manual_seed(0)
-    x = to_batch(tinted(48, 2), torch.device("cpu"))
-    orders, turns = torch.randint(6, (48,), generator=gen), torch.randint(4, (48,), generator=gen)
-    with torch.inference_mode():
-        loss = float(pretext_loss(model.companion, x, orders, turns))
-        order, turn = model.companion(transform(x, orders, turns))
-    by_hand = -order[range(48), orders].mean() - turn[range(48), turns].mean()
-    assert loss == pytest.approx(float(by_hand), rel=1e-5)
-    assert loss < 0.7 * math.log(6 * 4)
-
-
-def test_each_loop_teaches_its_own_network():
-    """The companion's leaves the VAE as it was, and the other way round; each to the bit again."""
-    config = WITH_COMPANION.replace(companion_epochs=1)
-    model, before = built(config), built(config).state_dict()
-    train_companion(model, TRAIN, config)
-    after = model.state_dict()
-    changed = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
-    assert changed == {"companion"}
-    again = built(config)
-    torch.rand(3)
-    train_companion(again, TRAIN, config)
-    assert same_weights(model, again)
-    train(model, TRAIN, STOP, config)
-    kept = model.companion.state_dict()
-    assert all(torch.equal(kept[k], v) for k, v in again.companion.state_dict().items())
-
-
-@pytest.mark.parametrize(
-    "count, epochs, least, most, steps",
-    [(24, 2, 0, 100, 12), (24, 2, 30, 100, 30), (24, 50, 0, 100, 100), (2, 1, 0, 100, 1)],
-)
-def test_the_companion_passes_over_the_images_so_often(
-    monkeypatch, count, epochs, least, most, steps
-):
-    """So many times, at least `min_steps` steps, and no more than a large folder needs."""
-    monkeypatch.setattr(training, "COMPANION_STEPS", most)
-    ticks = []
-
-    class Watching(Silent):
-        def track(self, items, task, total):
-            ticks.append(total)
-            return items
-
-    config = WITH_COMPANION.replace(batch_size=4, companion_epochs=epochs, min_steps=least)
-    train_companion(built(config), TRAIN[:count], config, Watching())
-    assert ticks == [steps]
-
-
-def test_a_companion_that_diverges_is_an_error():
-    """As of the VAE."""
-    model = built(WITH_COMPANION)
-    with torch.no_grad():
-        model.companion.head.bias.fill_(torch.nan)
-    with pytest.raises(TrainingError, match="not a finite number"):
-        train_companion(model, TRAIN, WITH_COMPANION.replace(companion_epochs=1))
-
-
-def test_every_image_comes_before_any_comes_again():
-    """Batches of 5 of 12 images: twelve draws after twelve draws hold each image once."""
-    rows = training._endless(12, 5, torch.Generator().manual_seed(0))
-    drawn = np.concatenate([next(rows) for _ in range(12)])
-    assert (np.sort(drawn.reshape(5, 12), axis=1) == np.arange(12)).all()
-    assert len({tuple(turn) for turn in drawn.reshape(5, 12).tolist()}) == 5
-
-
 # Small parts.
 
 
@@ -402,16 +313,6 @@ def test_pixels_become_images_between_0_and_1():
     assert x.dtype == torch.float32
     flipped = to_batch(TRAIN[:3, ::-1], torch.device("cpu"))
     assert torch.equal(flipped, x.flip(2))
-
-
-def test_transform_by_numpy():
-    """Image by image: the k-th channel order, then so many quarter turns."""
-    x = torch.rand(24, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    orders, turns = torch.arange(24) % 6, torch.arange(24) // 6
-    out = transform(x, orders, turns).numpy()
-    for i in range(24):
-        shown = np.rot90(x[i].numpy()[list(ORDERS[orders[i]])], int(turns[i]), (1, 2))
-        np.testing.assert_array_equal(out[i], shown)
 
 
 def test_augmentation_reaches_the_training():

@@ -410,7 +410,8 @@ def test_the_benchmark_has_the_documented_keys(bench):
         assert set(block["false_alarm"]) == {"target", "realised", "expected95", "ci95"}
         assert set(block["scores"]) >= SCORES
         scores = dict(block["scores"])
-        assert set(scores.pop("fused_feedback")) - {"auroc_of_draws"} == set(scores["fused"])
+        taught = set(scores.pop("fused_feedback"))
+        assert taught == set(scores["kl"]) | {"auroc_of_draws"}
         for score, figures in scores.items():
             more = MORE - ({"fused_minus_ci95"} if score == "fused" else set())
             assert set(figures) == PLAIN | more | {"frozen", "best_f1"}
@@ -527,6 +528,30 @@ def test_feedback_is_the_mean_of_five_draws(bench, sets):
     assert told["auroc_of_draws"] == pytest.approx(areas, abs=5e-3)  # other batches, other digits
     assert told["auroc"] == pytest.approx(np.mean(told["auroc_of_draws"]))
     assert told["frozen"]["fpr"] == pytest.approx(np.mean(alarms), abs=1e-6)
+    assert len(set(told["auroc_of_draws"])) > 1  # five draws, not one
+    plain = bench.metrics["protocols"]["equalised"]["scores"]["fused"]
+    assert told["auroc"] != plain["auroc"]
+    for rule in ("frozen", "best_f1"):
+        tpr, fpr = told[rule]["tpr"], told[rule]["fpr"]
+        assert told[rule]["f1"] == pytest.approx(2 * tpr / (1 + tpr + fpr))
+
+
+@pytest.mark.parametrize("count", [-1, 11])
+def test_more_feedback_than_there_is_is_refused(bench, sets, monkeypatch, tmp_path, count):
+    """Before any work, with the numbers that can be had."""
+    monkeypatch.setattr(benchmark, "VALIDATION", CHOOSING)
+    monkeypatch.setattr(benchmark, "TESTED_FROM", FROM)
+    with pytest.raises(ConfigError, match="choose 0 to 10 examples"):
+        benchmark.flowers_cifar10(
+            sets.root,
+            tmp_path / "out",
+            bench.config,
+            ("native",),
+            feedback=count,
+            overwrite=False,
+            progress=Silent(),
+            say=lambda _: None,
+        )
 
 
 def test_both_protocols_see_lossless_squares(bench, sets):
@@ -596,6 +621,8 @@ def test_the_page_of_a_run(judged, run, tmp_path):
     for heading in ("Most anomalous", "Borderline", "Most unusual training images"):
         assert heading in text
     assert "Where in the picture" in text
+    assert "What each part is worth" in text
+    assert "without structure" in text
     assert "bad.png" in text
     assert "not an image" in text
 

@@ -4,10 +4,9 @@ Nothing is fitted anew: the frozen fusion reads the same scores with one of them
 surprisals are joined otherwise.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from math import log
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from msvae.fusion import Fusion
-from msvae.scorer import EXPERTS
+from msvae.scorer import EXPERTS, experts_of
 
 WITHOUT = "without {}"  # the fused score, with one score silenced
 # Other ways to join weighted surprisals (B, K), nats.
@@ -32,7 +31,7 @@ def variants(
     fusion: Fusion, scores: Mapping[str, NDArray[np.float64]]
 ) -> dict[str, NDArray[np.float64]]:
     """Other fused scores (N,) of images, from every one of their `scores` (N,)."""
-    experts = torch.from_numpy(np.stack([scores[k] for k in EXPERTS], axis=1))
+    experts = experts_of({k: torch.from_numpy(scores[k]) for k in EXPERTS})
     out = {}
     for column, name in enumerate(EXPERTS):
         weights = fusion.weights.clone()
@@ -43,29 +42,3 @@ def variants(
     kept = fusion.weights[fusion.quantiles.kept]
     out[STOUFFER] = fusion.standing(experts) @ kept / kept.norm().clamp_min(1e-12)
     return {name: value.numpy() for name, value in out.items()}
-
-
-def markdown(sets: Mapping[str, Mapping[str, Any]]) -> str:
-    """The AUROCs of every score, and of every variant, of several sets side by side.
-
-    `sets` are blocks of `metrics.json` by the name of their column.
-    """
-    lines = []
-    for title, key in (("Each score alone", "scores"), ("The fused score changed", "ablation")):
-        blocks = {name: block[key] for name, block in sets.items() if key in block}
-        rows = list(dict.fromkeys(row for block in blocks.values() for row in block))
-        lines += [f"| {title} | " + " | ".join(blocks) + " |", "|---" * (len(blocks) + 1) + "|"]
-        lines += [_row(row, [block.get(row) for block in blocks.values()]) for row in rows]
-        lines.append("")
-    return "\n".join(lines)
-
-
-def _row(name: str, figures: Sequence[Mapping[str, Any] | None]) -> str:
-    cells = []
-    for found in figures:
-        if found is None:
-            cells.append("–")
-            continue
-        low, high = found["auroc_ci95"]
-        cells.append(f"{found['auroc']:.3f} ({low:.3f}–{high:.3f})")
-    return f"| {name} | " + " | ".join(cells) + " |"

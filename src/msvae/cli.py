@@ -377,11 +377,18 @@ def _add_benchmark(verbs: Any) -> None:
 
 def _benchmark(options: argparse.Namespace) -> int:
     from msvae.benchmark import write_ablation
+    from msvae.fitting import check_free
 
+    names = ("flowers-cifar10", "mvtec", "magnetic-tile")
+    if options.feedback and options.name not in ("flowers-cifar10", "all"):
+        raise ConfigError(f"--feedback is of flowers-cifar10, not of {options.name}: leave it out")
+    if options.name != "flowers-cifar10" and options.data_dir is None:
+        raise ConfigError(f"benchmark {options.name} needs --data-dir: the folder with its images")
     if options.name != "all":
         _run_benchmark(options.name, options, options.out)
         return 0
-    names = ("flowers-cifar10", "mvtec", "magnetic-tile")
+    for name in names[1:]:  # the flowers take long: refuse before, not after
+        check_free(options.out / name, resume=False, overwrite=options.overwrite)
     results = [_run_benchmark(name, options, options.out / name) for name in names]
     write_ablation(results, options.out / ABLATION)
     _screen().say(f"{options.out / ABLATION}: every score alone, each left out, other fusions")
@@ -401,8 +408,6 @@ def _run_benchmark(name: str, options: argparse.Namespace, out: Path) -> dict[st
         )
         screen.benchmark_table(result)
     else:
-        if options.data_dir is None:
-            raise ConfigError(f"benchmark {name} needs --data-dir: the folder with its images")
         if options.set_image_size is None:
             chosen = chosen.replace(image_size=benchmark.DEFECT_SIDE)
         if name == "mvtec":

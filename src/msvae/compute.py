@@ -8,12 +8,11 @@ from typing import TypeVar
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from msvae.config import TrainConfig
+from msvae.data.images import Pixels
 
-Pixels = NDArray[np.uint8]
 T = TypeVar("T")
 R = TypeVar("R")
 

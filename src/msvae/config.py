@@ -68,7 +68,8 @@ class TrainConfig:
     """One training: Adam with decoupled weight decay, a learning-rate schedule, early stopping.
 
     A small folder is passed over more often than `epochs`, until `min_steps` steps are done. The
-    companion sees every image `companion_epochs` times, at its own small size.
+    companion sees every image up to `companion_epochs` times, at its own small size, in at most
+    12,000 steps.
     `patience` counts epochs without a better loss on the stop part; 0 never stops early.
     """
 

@@ -21,7 +21,7 @@ from msvae.calibration import Calibration, Decision, needed, rank
 from msvae.compute import batch_of, choose_device, compute_type, in_parallel, to_batch
 from msvae.config import Config, from_dict
 from msvae.data.cache import decoders
-from msvae.data.images import Source, load_image, name_of
+from msvae.data.images import Pixels, Source, load_image, name_of
 from msvae.errors import DataError, ImageError, RunError
 from msvae.explanation import Explanation
 from msvae.files import Spool
@@ -32,7 +32,6 @@ from msvae.scorer import Scorer
 from msvae.table import ScoreTable
 from msvae.tensors import flatten, unflatten
 
-Pixels = NDArray[np.uint8]
 Maps = dict[str, NDArray[np.float32]]
 EachMap = Callable[[str, Maps], None]  # the image's name, its maps (H, W)
 

@@ -78,7 +78,7 @@ def evaluate(
     scores = {}
     for key, values in table.scores.items():
         beside = None if key == "fused" else fused
-        scores[key] = judge(labels, values) | ranked(labels, values, beside)
+        scores[key] = judge(labels, values, beside)
         for rule, thresholds in (("frozen", frozen_thresholds), ("best_f1", best_f1_thresholds)):
             if thresholds and key in thresholds:
                 scores[key][rule] = at_threshold(labels, values, thresholds[key])
@@ -90,13 +90,13 @@ def evaluate(
         kept = [masks[i] for i in rows]
         judged = {k: pixel_metrics([v[i] for i in rows], kept).to_json() for k, v in maps.items()}
     alarms = false_alarm(table, n_conformal, target_fpr)
-    ablation = {k: ranked(labels, v, fused) for k, v in (variants or {}).items()}
+    ablation = {k: auroc_block(labels, v, fused) for k, v in (variants or {}).items()}
     return Evaluation(
         name, n, image_size, scores, alarms, dict(seconds), judged, ablation=ablation or None
     )
 
 
-def ranked(labels: Ints, scores: Floats, fused: Floats | None = None) -> dict[str, Any]:
+def auroc_block(labels: Ints, scores: Floats, fused: Floats | None = None) -> dict[str, Any]:
     """The AUROC of one score with its interval, and the interval of the `fused` one's minus it."""
     out: dict[str, Any] = {
         "auroc": metrics.auroc(labels, scores),
@@ -107,9 +107,10 @@ def ranked(labels: Ints, scores: Floats, fused: Floats | None = None) -> dict[st
     return out
 
 
-def judge(labels: Ints, scores: Floats) -> dict[str, Any]:
-    """The figures of one score that need no threshold, beside `ranked`; `f1_max` is an oracle."""
+def judge(labels: Ints, scores: Floats, fused: Floats | None = None) -> dict[str, Any]:
+    """The figures of one score that need no threshold; `f1_max` is an oracle."""
     return {
+        **auroc_block(labels, scores, fused),
         "average_precision": metrics.average_precision(labels, scores),
         "fpr_at_95_tpr": metrics.fpr_at_tpr(labels, scores),
         "f1_max": metrics.f1_max(labels, scores),

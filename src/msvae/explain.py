@@ -25,7 +25,7 @@ from msvae.model import VAE
 from msvae.pictures import Map
 from msvae.progress import Progress, Silent
 from msvae.references import References
-from msvae.scorer import EXPERTS, PLACES, Scorer, at_size
+from msvae.scorer import EXPERTS, PLACES, Scorer, at_size, experts_of
 from msvae.table import ScoreTable
 from msvae.wording import reading
 
@@ -318,7 +318,7 @@ def shapley(scorer: Scorer, e: Evidence, values: dict[str, Tensor]) -> dict[str,
     of its own players only; the density of the statistics is four players of the second.
     """
     fusion, density = scorer.fusion, scorer.typicality
-    told = fusion.surprisals(torch.stack([values[k] for k in EXPERTS], dim=1))
+    told = fusion.surprisals(experts_of(values))
     at_rest = torch.zeros_like(fusion.weights)  # the median normal; constant scores say nothing
     counted = fusion.quantiles.kept
     at_rest[counted] = fusion.weights[counted] * surprisal(torch.zeros((), dtype=told.dtype))
@@ -344,11 +344,11 @@ def shapley(scorer: Scorer, e: Evidence, values: dict[str, Tensor]) -> dict[str,
     teams = (PLACES, (*others, *GROUPS))
     sides = [[play(c, side) for c in _coalitions(players)] for side, players in enumerate(teams)]
     first, second = (torch.stack(values) for values in sides)
-    game = torch.hypot(first[:, None], second[None, :])  # of every pair of coalitions, (16, 128, B)
+    game = fusion.join(first[:, None], second[None, :])  # of every pair of coalitions, (16, 128, B)
     shares = _shapley_values(teams, game)
     shares["ordinary image"] = game[0, 0]
     if scorer.feedback.learned:
-        shares["feedback"] = values["fused"] - fusion.sides(told).norm(dim=1)
+        shares["feedback"] = values["fused"] - fusion.joined(told)
     return shares
 
 
@@ -362,7 +362,7 @@ def _seen(z: Tensor, coalition: frozenset[str], columns: dict[str, list[int]]) -
 
 def _typicality_told(scorer: Scorer, values: dict[str, Tensor], typicality: Tensor) -> Tensor:
     """The weighted surprisal (B,) of another typicality, the other scores as they are."""
-    experts = torch.stack([values[k] for k in EXPERTS], dim=1)
+    experts = experts_of(values)
     experts[:, EXPERTS.index("typicality")] = typicality
     return scorer.fusion.surprisals(experts)[:, EXPERTS.index("typicality")]
 

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from msvae.compute import to_batch
-from msvae.detector import Detector, Pixels
+from msvae.data.images import Pixels
+from msvae.detector import Detector
 from msvae.evidence import Evidence
 from msvae.explain import gradcams
 from msvae.model import VAE

@@ -20,18 +20,19 @@ from msvae import files, store
 from msvae.calibration import Calibration, Decision, rank
 from msvae.compute import batch_of, choose_device, compute_type, to_batch
 from msvae.config import Config
-from msvae.data.cache import Selected, decode, default_cache_dir
+from msvae.data.cache import Images, decode, default_cache_dir
 from msvae.data.folder import find_images
-from msvae.data.images import Source, digest, load_image, name_of
+from msvae.data.images import Pixels, Source, digest, load_image, name_of
 from msvae.data.split import group_names, split_by_content
-from msvae.detector import Detector, Maps, Pixels, run
+from msvae.detector import Detector, Maps, run
 from msvae.errors import ConfigError, DataError, ImageError, RunError
 from msvae.model import VAE
 from msvae.progress import Progress, Silent
 from msvae.references import References
 from msvae.scorer import Scorer, Told, learn
 from msvae.table import write_quarantine
-from msvae.train import State, train, train_companion, train_inspector
+from msvae.teach import Taught, train_companion, train_inspector
+from msvae.train import State, train
 
 REFERENCES = 1000  # training images whose thumbnails are kept
 THUMBNAIL = 32
@@ -46,7 +47,6 @@ class Examples(NamedTuple):
     anomalous: Sequence[Source]
 
 
-Images = Pixels | Selected
 GroupBy = str | Callable[[Sequence[str]], list[str]]
 
 
@@ -205,7 +205,9 @@ def fit_parts(
         f"{sizes['conformal']} to calibrate on; {device.type}, {config.model.image_size} px"
     )
     state = _train(model, parts, config, folder, resume, progress)
-    train_companion(model, parts.train.pixels, config, progress)
+    learned = train_companion(model, parts.train.pixels, config, progress)
+    if learned.gave_up:
+        say(f"orders and turns say little here: the companion gave up after {learned.steps} steps")
     train_inspector(model, parts.train.pixels, config, progress)
     scoring = model.frozen(compute_type(config.train, device))
     scorer = _learn(scoring, parts, config, progress)
@@ -223,7 +225,7 @@ def fit_parts(
         calibration=calibration,
         decision=decision,
         references=_references(scoring, scorer, parts.train),
-        facts=_facts(config, decision, sizes),
+        facts=_facts(config, decision, sizes, learned),
     )
     if folder is not None:
         rows = [*parts.rows(), *([] if feedback is None else feedback.rows())]
@@ -335,7 +337,7 @@ def _train(
         state = _resumed(folder, identity)
     keeper = None if folder is None else Keeper(folder, identity)
     try:
-        return train(
+        state = train(
             model,
             parts.train.pixels,
             parts.stop.pixels,
@@ -344,10 +346,10 @@ def _train(
             save=keeper or (lambda now: None),
             progress=progress,
         )
-    except BaseException:  # an interruption too
+    finally:  # after an interruption too
         if keeper is not None:
             keeper.flush()
-        raise
+    return state
 
 
 class Keeper:
@@ -428,11 +430,14 @@ def _references(model: VAE, scorer: Any, part: Part) -> References:
     return References(tuple(names), *joined)
 
 
-def _facts(config: Config, decision: Decision, sizes: dict[str, int]) -> dict[str, Any]:
+def _facts(
+    config: Config, decision: Decision, sizes: dict[str, int], companion: Taught
+) -> dict[str, Any]:
     return {
         "msvae": version("multi-score-vae"),
         "config": settings.to_dict(config),
         "decision": asdict(decision),
         "n": sizes,
         "n_conformal": sizes["conformal"],
+        "companion": asdict(companion),
     }

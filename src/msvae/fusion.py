@@ -219,9 +219,18 @@ class Fusion:
         whole = F.softplus(surprisals[:, self.local :].norm(p=BETWEEN, dim=1) - PLAIN)
         return torch.stack([excess, whole], dim=1)
 
+    @staticmethod
+    def join(places: Tensor, picture: Tensor) -> Tensor:
+        """Both sides as one score, nats; of any shapes that go together."""
+        return torch.hypot(places, picture)
+
+    def joined(self, surprisals: Tensor) -> Tensor:
+        """The fused score (B,) of weighted surprisals (B, K), nats."""
+        return self.join(*self.sides(surprisals).unbind(dim=1))
+
     def __call__(self, experts: Tensor) -> Tensor:
         """(B, K) -> (B,), nats."""
-        return self.sides(self.surprisals(experts)).norm(dim=1)
+        return self.joined(self.surprisals(experts))
 
 
 def tail_of_sum(total: Tensor, count: float) -> Tensor:

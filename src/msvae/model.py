@@ -5,7 +5,6 @@ transformed x ─ companion ─► embedding (B,E) ─► order (B,6), turn (B,4
 x with imagined defects ─ inspector ─► log-odds of a defect at each pixel (B,H,W)
 """
 
-from collections.abc import Iterator
 from copy import deepcopy
 from itertools import pairwise, permutations
 
@@ -162,11 +161,6 @@ class VAE(nn.Module):
         self.companion = Companion() if config.companion else None
         self.inspector = Inspector() if config.inspector else None
 
-    def autoencoder(self) -> Iterator[nn.Parameter]:
-        """The parameters of the VAE alone."""
-        others = {"companion", "inspector"}
-        return (p for name, p in self.named_parameters() if name.split(".")[0] not in others)
-
     def encode(self, x: Tensor) -> tuple[Tensor, ...]:
         """Maps of every stage, fine to coarse, of images (B, 3, H, W) in [0, 1]."""
         maps = []
@@ -224,6 +218,11 @@ class VAE(nn.Module):
             if isinstance(part, nn.Conv2d | nn.ConvTranspose2d | nn.Linear) and name not in EXACT:
                 part.to(dtype)
         return copy.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def of_autoencoder(name: str) -> bool:
+    """Whether a weight of that name is the VAE's own, not the companion's or the inspector's."""
+    return name.split(".")[0] not in ("companion", "inspector")
 
 
 def _fold(block: nn.Sequential) -> None:

@@ -23,7 +23,7 @@ from msvae.gallery import Gallery, Item, MapView, ScoreLine, choose
 from msvae.operating import Operating
 from msvae.progress import Progress, Silent
 from msvae.report import (
-    Ablation,
+    Comparison,
     Figure,
     Published,
     Report,
@@ -33,7 +33,7 @@ from msvae.report import (
     maps_table,
 )
 from msvae.table import ScoreTable
-from msvae.wording import ABOUT, GALLERIES, Summary
+from msvae.wording import ABOUT, GALLERIES, TAUGHT, Summary
 from msvae.workflow import history_of
 
 VIEW = 320  # px of a gallery picture at most
@@ -71,7 +71,9 @@ def run_page(run: Path, evaluation: Path, progress: Progress) -> Report:
     table = ScoreTable.read_csv(path) if path.is_file() else None
     judged = _read_json(evaluation / "metrics.json") or {}
     refused = _quarantine(evaluation / "quarantine.csv")
-    ablation = Ablation.from_metrics({"test": judged["scores"]}, about=ABOUT) if judged else None
+    comparison = (
+        Comparison.from_metrics({"test": judged["scores"]}, about=ABOUT) if judged else None
+    )
     galleries = [] if table is None else _galleries(table, detector, "", progress)
     return Report(
         title=judged.get("evaluation") or run.resolve().name,
@@ -79,7 +81,7 @@ def run_page(run: Path, evaluation: Path, progress: Progress) -> Report:
         summaries=(_summary(table, detector, len(refused)),),
         notes=_decision_notes(detector),
         thresholds=() if table is None else (_operating(table, detector),),
-        ablation=ablation,
+        comparison=comparison,
         galleries=(*galleries, *_unusual(detector, progress)),
         tables=_tables(judged),
         figures=tuple(_figures(table, detector, history)),
@@ -117,9 +119,9 @@ def benchmark_page(out: Path, found: Mapping[str, Any], progress: Progress) -> R
             + ".",
         ),
         thresholds=tuple(thresholds),
-        ablation=Ablation.from_metrics(
+        comparison=Comparison.from_metrics(
             {name: found["protocols"][name]["scores"] for name in protocols},
-            about=ABOUT,
+            about=ABOUT | TAUGHT,
             published={k: Published(**v) for k, v in PUBLISHED.items()},
             published_by="Seed paper, quoted",
             notes=tuple(notes),

@@ -60,7 +60,7 @@ class Published:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ablation:
+class Comparison:
     """Every score under every protocol; the first protocol leads."""
 
     protocols: Mapping[str, Mapping[str, ScoreFigures]]
@@ -73,7 +73,7 @@ class Ablation:
     @classmethod
     def from_metrics(
         cls, protocols: Mapping[str, Mapping[str, Mapping[str, Any]]], **more: Any
-    ) -> "Ablation":
+    ) -> "Comparison":
         """From the `scores` blocks of a metrics.json, by protocol; `more` are the other fields."""
         read = {
             name: {score: ScoreFigures.from_metrics(block) for score, block in scores.items()}
@@ -118,7 +118,7 @@ class Report:
     subtitle: str = ""
     notes: tuple[str, ...] = ()
     thresholds: tuple[Operating, ...] = ()
-    ablation: Ablation | None = None
+    comparison: Comparison | None = None
     galleries: tuple[Gallery, ...] = ()
     tables: tuple[Table, ...] = ()
     figures: tuple[Figure, ...] = ()
@@ -192,6 +192,32 @@ def ablation_table(variants: Mapping[str, Mapping[str, Any]], **more: Any) -> Ta
     rows = {name: cells(block) for name, block in variants.items()}
     words = {"title": "What each part is worth", "about": ABLATION_ABOUT}
     return Table(**{**words, "columns": columns, "rows": rows, **more})
+
+
+def ablation_markdown(sets: Mapping[str, Mapping[str, Any]]) -> str:
+    """The AUROCs of every score, and of every variant, of several sets side by side.
+
+    `sets` are blocks of `metrics.json` by the name of their column.
+    """
+    lines = []
+    for title, key in (("Each score alone", "scores"), ("The fused score changed", "ablation")):
+        blocks = {name: block[key] for name, block in sets.items() if key in block}
+        rows = list(dict.fromkeys(row for block in blocks.values() for row in block))
+        lines += [f"| {title} | " + " | ".join(blocks) + " |", "|---" * (len(blocks) + 1) + "|"]
+        lines += [_markdown_row(row, [block.get(row) for block in blocks.values()]) for row in rows]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _markdown_row(name: str, figures: Sequence[Mapping[str, Any] | None]) -> str:
+    cells = []
+    for found in figures:
+        if found is None:
+            cells.append("–")
+            continue
+        low, high = found["auroc_ci95"]
+        cells.append(f"{found['auroc']:.3f} ({low:.3f}–{high:.3f})")
+    return f"| {name} | " + " | ".join(cells) + " |"
 
 
 def explanations_table(kinds: Mapping[str, Mapping[str, float]], **more: Any) -> Table:

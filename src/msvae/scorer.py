@@ -4,7 +4,7 @@ Two passes over the training images: the first gathers moments and statistics, t
 what the fitted maps make of the very images they were fitted to (each left out of its own fit).
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from math import log
 
@@ -90,6 +90,16 @@ class Scorer:
 
         `found` are the evidence's `maps`, where the caller has them already.
         """
+        out, statistics = self._read(e, found)
+        if self.feedback.learned:  # otherwise its features would be read for nothing
+            features = self.features(experts_of(out), statistics)
+            out["fused"] = self.feedback(features, out["fused"])
+        return out
+
+    def _read(
+        self, e: Evidence, found: dict[str, Tensor] | None = None
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Every score as if nothing had been taught, and the statistics (B, 21)."""
         found = self.maps(e) if found is None else found
         plain = {
             "reconstruction": scores.reconstruction(e),
@@ -108,11 +118,8 @@ class Scorer:
         out["bands"] = self.bands(statistics[:, RESIDUAL])
         out["complexity"] = self.complexity(statistics[:, INPUT])
         out["typicality"] = self.typicality(statistics)
-        experts = torch.stack([out[k] for k in EXPERTS], dim=1)
-        out["fused"] = self.fusion(experts)
-        if self.feedback.learned:  # otherwise its features would be read for nothing
-            out["fused"] = self.feedback(self.features(experts, statistics), out["fused"])
-        return out
+        out["fused"] = self.fusion(experts_of(out))
+        return out, statistics
 
     def features(self, experts: Tensor, statistics: Tensor) -> Tensor:
         """What feedback weighs, (B, F): experts (B, 8) and statistics (B, 21) as deviations."""
@@ -127,10 +134,9 @@ class Scorer:
         """Features (N, F) and fused scores (N,) without feedback, of batches of images."""
         features, fused = [], []
         for e in evidence:
-            found = self(e)
-            experts = torch.stack([found[k] for k in EXPERTS], dim=1)
-            features.append(self.features(experts, self.statistics(e, found["mahalanobis"])))
-            fused.append(self.fusion(experts))
+            found, statistics = self._read(e)
+            features.append(self.features(experts_of(found), statistics))
+            fused.append(found["fused"])
         if not features:
             return self.feedback.centre.new_zeros(0, len(self.feedback.centre)), torch.zeros(0)
         return torch.cat(features), torch.cat(fused)
@@ -145,6 +151,11 @@ class Scorer:
 
 
 RESIDUAL, INPUT = slice(0, 8), slice(8, 16)  # columns of `Scorer.statistics`
+
+
+def experts_of(scores: Mapping[str, Tensor]) -> Tensor:
+    """The scores that are fused beside each other, (B, K)."""
+    return torch.stack([scores[k] for k in EXPERTS], dim=1)
 
 
 def learn(
@@ -195,7 +206,7 @@ def learn(
         feedback=Feedback.none(count),
     ).on(device)
     told = [scorer(model.evidence(x)) for x in held()]
-    others = torch.cat([torch.stack([found[k] for k in EXPERTS], dim=1) for found in told])
+    others = torch.cat([experts_of(found) for found in told])
     return replace(scorer, fusion=scorer.fusion.corrected(others))
 
 
@@ -211,7 +222,7 @@ def _fuse(experts: dict[str, Tensor]) -> Fusion:
     if experts["order"].any():  # without a companion the features are the encoder's own
         weights["neighbours"] = max(weights["order"], weights["turn"])
     return Fusion.fit(
-        torch.stack([experts[k] for k in EXPERTS], dim=1),
+        experts_of(experts),
         torch.tensor([weights[k] for k in EXPERTS], dtype=torch.float64),
         len(PLACES),
     )

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import PIL
@@ -23,6 +24,13 @@ from msvae.progress import Progress, Silent
 VERSION = 3
 WINDOW = 256  # images decoded ahead at most
 DAY = 86_400  # seconds; unfinished files that are older belong to nobody
+
+
+class Images(Protocol):
+    """Pixels (N, S, S, 3): an array, or images that stay on the disk until they are asked for."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, at: Any) -> Pixels: ...
 
 
 @dataclass(frozen=True)

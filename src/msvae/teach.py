@@ -1,0 +1,176 @@
+"""The loops of the companion and of the inspector: so many steps, without epochs.
+
+What they do depends on their arguments and the seed alone.
+"""
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from msvae.augment import augment
+from msvae.compute import to_batch
+from msvae.config import AugmentConfig, Config
+from msvae.data.cache import Images
+from msvae.errors import TrainingError
+from msvae.imagine import COLOURED, Imagination, varied
+from msvae.model import ORDERS, TURNS, VAE, Companion
+from msvae.progress import Progress, Silent
+from msvae.train import DIVERGED, generator_of, learning_rate, low_precision
+
+# What the companion sees is shifted and mirrored, so that it does not know its images by heart.
+MOVED = AugmentConfig(flip_horizontal=True, crop=0.125)
+COMPANION_STEPS = 12_000  # at most: of a large folder it learns the tasks in fewer passes
+# Of a guess's loss, orders and turns together: what is hardly learned in a quarter of the steps, of
+# which no fewer than `LOOK`, would weigh little in the fusion, and the others are saved.
+HOPELESS = 0.9
+LOOK = 240
+LATEST = 50  # steps whose mean loss counts
+INSPECTOR_RATE = 2e-3
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a network is taught."""
+
+    task: str
+    steps: int
+    weight_decay: float = 1e-4
+    hopeless: float = math.inf  # a loss above it after a quarter of the steps ends the training
+
+
+@dataclass(frozen=True)
+class Taught:
+    """What became of it: steps done, the mean loss of the last of them, nats, and whether it gave up."""
+
+    steps: int = 0
+    loss: float = 0.0
+    gave_up: bool = False
+
+
+def transform(x: Tensor, orders: Tensor, turns: Tensor) -> Tensor:
+    """Each image with its channels in the k-th order and turned by its number of quarter turns."""
+    lookup = torch.tensor(ORDERS, device=x.device)[orders]
+    x = x.gather(1, lookup[:, :, None, None].expand_as(x))
+    turned = [x.rot90(k, dims=(2, 3)) if k else x for k in TURNS]
+    pick = turns[:, None, None, None]
+    return sum((torch.where(pick == k, t, 0.0) for k, t in enumerate(turned)), torch.zeros_like(x))
+
+
+def pretext_loss(companion: Companion, x: Tensor, orders: Tensor, turns: Tensor) -> Tensor:
+    """The companion's cross-entropies of orders and turns (B,) of images (B, 3, s, s), nats."""
+    order, turn = companion(transform(x, orders, turns))
+    return F.nll_loss(order.float(), orders) + F.nll_loss(turn.float(), turns)
+
+
+def train_companion(
+    model: VAE, pixels: Images, config: Config, progress: Progress | None = None
+) -> Taught:
+    """Teach the model's companion, in place, orders and turns of pixels (N, S, S, 3).
+
+    At its small size a pass over the images is cheap, and it goes on learning long after the VAE has
+    stopped (LOG.md). Raises `TrainingError` when the loss is not a finite number.
+    """
+    companion, c = model.companion, config.train
+    if companion is None:
+        return Taught()
+    device, gen = next(model.parameters()).device, generator_of(c.seed, -1)
+    rows = _endless(len(pixels), c.batch_size, gen)
+    passes = c.companion_epochs * len(pixels) // c.batch_size
+    steps = min(max(passes, c.min_steps, 1), COMPANION_STEPS)
+
+    def loss() -> Tensor:
+        x = augment(companion.reduced(to_batch(pixels[next(rows)], device)), MOVED, gen)
+        orders = torch.randint(len(ORDERS), (len(x),), generator=gen).to(device)
+        turns = torch.randint(len(TURNS), (len(x),), generator=gen).to(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=low_precision(c, device)):
+            return pretext_loss(companion, x, orders, turns)
+
+    guess = math.log(len(ORDERS) * len(TURNS))
+    plan = Plan("learning orders and turns", steps, c.weight_decay, hopeless=HOPELESS * guess)
+    return _teach(companion, loss, partial(learning_rate, config=c), plan, progress)
+
+
+def inspection_loss(odds: Tensor, mask: Tensor) -> Tensor:
+    """Cross-entropy of the pixels, plus the share that mask and marks do not overlap (Dice)."""
+    found = odds.sigmoid()
+    overlap = (2 * (found * mask).sum() + 1) / (found.sum() + mask.sum() + 1)
+    return F.binary_cross_entropy_with_logits(odds, mask) + 0.3 * (1 - overlap)
+
+
+def train_inspector(
+    model: VAE, pixels: Images, config: Config, progress: Progress | None = None
+) -> None:
+    """Teach the model's inspector, in place, to mark imagined defects on pixels (N, S, S, 3).
+
+    It wants more steps of smaller batches than the VAE. Raises `TrainingError` when the loss is not a
+    finite number.
+    """
+    inspector, c, side = model.inspector, config.train, config.model.image_size
+    if inspector is None:
+        return
+    device, gen = next(model.parameters()).device, generator_of(c.seed, -2)
+    coloured = float(pixels[:200].std(axis=3).mean()) > COLOURED
+    imagination = Imagination.prepare(side, coloured, gen)
+    rows = _endless(len(pixels), 32 if side <= 64 else 16, gen)
+
+    def loss() -> Tensor:
+        x = varied(to_batch(pixels[next(rows)], device), gen)
+        spoilt, mask = imagination(x, gen)
+        spoilt = spoilt.contiguous(memory_format=torch.channels_last)
+        with torch.autocast(device.type, torch.bfloat16, enabled=low_precision(c, device)):
+            odds = inspector(spoilt)
+        return inspection_loss(odds.float(), mask)
+
+    def rate(at: float) -> float:
+        return INSPECTOR_RATE * min(1, 10 * at + 0.1) * (1 - at)
+
+    _teach(inspector, loss, rate, Plan("imagining defects", c.inspector_steps), progress)
+
+
+def _teach(
+    network: nn.Module,
+    loss_of: Callable[[], Tensor],
+    rate: Callable[[float], float],
+    plan: Plan,
+    progress: Progress | None,
+) -> Taught:
+    """Steps on batches that `loss_of` draws, at a rate by the share of the steps done."""
+    progress, loss = progress or Silent(), torch.zeros(())
+    latest, look = deque[Tensor](maxlen=LATEST), max(plan.steps // 4, LOOK)
+    optimiser = torch.optim.AdamW(network.parameters(), weight_decay=plan.weight_decay, fused=True)
+    network.train()
+    step = 0
+    for step in progress.track(range(plan.steps), plan.task, plan.steps):
+        loss = loss_of()
+        optimiser.param_groups[0]["lr"] = rate(step / plan.steps)
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(network.parameters(), 5.0)
+        optimiser.step()
+        latest.append(loss.detach())
+        if step % 20 == 0:
+            progress.note(f"loss {loss:.3f}")
+        if step == look and torch.stack([*latest]).mean() > plan.hopeless:
+            break
+    if not torch.isfinite(loss):
+        raise TrainingError(DIVERGED)
+    network.eval()
+    return Taught(step + 1, float(torch.stack([*latest]).mean()), step + 1 < plan.steps)
+
+
+def _endless(count: int, size: int, gen: torch.Generator) -> Iterator[NDArray[np.int64]]:
+    """Indices of batches without an end, every image once before any comes again."""
+    rest = torch.empty(0, dtype=torch.long)
+    while True:
+        while len(rest) < size:
+            rest = torch.cat([rest, torch.randperm(count, generator=gen)])
+        batch, rest = rest[:size], rest[size:]
+        yield batch.numpy()
