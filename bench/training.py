@@ -68,7 +68,6 @@ def bare(side: int, steps: int) -> Once:
     small = companion.reduced(x)
     noise = torch.randn(len(x), model.config.latent_dim, device=trainer.device)
     same = torch.zeros(len(x), dtype=torch.long, device=trainer.device)
-    low = {"dtype": torch.bfloat16, "enabled": trainer.low_precision}
 
     def step() -> None:
         trainer.optimiser.zero_grad(set_to_none=True)
@@ -76,7 +75,7 @@ def bare(side: int, steps: int) -> Once:
         trainer.optimiser.step()
 
     def companion_step() -> None:
-        with torch.autocast(trainer.device.type, **low):
+        with trainer.precision:
             loss = pretext_loss(companion, small, same, same)
         other.zero_grad(set_to_none=True)
         loss.backward()

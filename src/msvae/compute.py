@@ -41,6 +41,12 @@ def compute_type(config: TrainConfig, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if pays else torch.float32
 
 
+def autocast(config: TrainConfig, device: torch.device) -> torch.autocast:
+    """A context, to be entered as often as wanted, in which a network trains in its precision."""
+    low = compute_type(config, device) is torch.bfloat16
+    return torch.autocast(device.type, torch.bfloat16, enabled=low)
+
+
 def to_batch(pixels: Pixels, device: torch.device) -> Tensor:
     """Pixels (B, S, S, 3) as images (B, 3, S, S) in [0, 1], channels last in memory."""
     x = torch.from_numpy(np.ascontiguousarray(pixels)).to(device, non_blocking=True)

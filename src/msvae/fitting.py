@@ -37,6 +37,7 @@ from msvae.train import State, train
 REFERENCES = 1000  # training images whose thumbnails are kept
 THUMBNAIL = 32
 CHECKPOINT_SHARE = 0.02  # of the training time goes into checkpoints
+FIRST_CHECKPOINT = 30.0  # seconds: what a killed process may lose that had no time to write
 FEEDBACK = "feedback"  # the part of labelled examples
 
 
@@ -361,7 +362,8 @@ class Keeper:
 
     def __init__(self, folder: Path, identity: dict[str, Any]) -> None:
         self.folder, self.identity = folder, identity
-        self.due, self.latest, self.written = 0.0, State(), 0
+        self.due = time.monotonic() + FIRST_CHECKPOINT
+        self.latest, self.written = State(), 0
 
     def __call__(self, now: State) -> None:
         """Take the state after an epoch."""

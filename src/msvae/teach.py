@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from msvae.augment import augment
-from msvae.compute import to_batch
+from msvae.compute import autocast, to_batch
 from msvae.config import AugmentConfig, Config
 from msvae.data.cache import Images
 from msvae.errors import TrainingError
 from msvae.imagine import COLOURED, Imagination, varied
 from msvae.model import ORDERS, TURNS, VAE, Companion
 from msvae.progress import Progress, Silent
-from msvae.train import DIVERGED, generator_of, learning_rate, low_precision
+from msvae.train import DIVERGED, generator_of, learning_rate
 
 # What the companion sees is shifted and mirrored, so that it does not know its images by heart.
 MOVED = AugmentConfig(flip_horizontal=True, crop=0.125)
@@ -82,6 +82,7 @@ def train_companion(
     if companion is None:
         return Taught()
     device, gen = next(model.parameters()).device, generator_of(c.seed, -1)
+    precision = autocast(c, device)
     rows = _endless(len(pixels), c.batch_size, gen)
     passes = c.companion_epochs * len(pixels) // c.batch_size
     steps = min(max(passes, c.min_steps, 1), COMPANION_STEPS)
@@ -90,7 +91,7 @@ def train_companion(
         x = augment(companion.reduced(to_batch(pixels[next(rows)], device)), MOVED, gen)
         orders = torch.randint(len(ORDERS), (len(x),), generator=gen).to(device)
         turns = torch.randint(len(TURNS), (len(x),), generator=gen).to(device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=low_precision(c, device)):
+        with precision:
             return pretext_loss(companion, x, orders, turns)
 
     guess = math.log(len(ORDERS) * len(TURNS))
@@ -117,6 +118,7 @@ def train_inspector(
     if inspector is None:
         return
     device, gen = next(model.parameters()).device, generator_of(c.seed, -2)
+    precision = autocast(c, device)
     coloured = float(pixels[:200].std(axis=3).mean()) > COLOURED
     imagination = Imagination.prepare(side, coloured, gen)
     rows = _endless(len(pixels), 32 if side <= 64 else 16, gen)
@@ -125,7 +127,7 @@ def train_inspector(
         x = varied(to_batch(pixels[next(rows)], device), gen)
         spoilt, mask = imagination(x, gen)
         spoilt = spoilt.contiguous(memory_format=torch.channels_last)
-        with torch.autocast(device.type, torch.bfloat16, enabled=low_precision(c, device)):
+        with precision:
             odds = inspector(spoilt)
         return inspection_loss(odds.float(), mask)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from msvae import scores
 from msvae.augment import augment
-from msvae.compute import compute_type, to_batch
+from msvae.compute import autocast, to_batch
 from msvae.config import Config, TrainConfig
 from msvae.data.cache import Images
 from msvae.errors import TrainingError
@@ -87,7 +87,7 @@ class Trainer:
         self.passes = max(1, round(SHORTEST_EPOCH * c.batch_size / count))
         self.steps = max(1, self.passes * count // c.batch_size)
         self.epochs = max(c.epochs, math.ceil(c.min_steps / self.steps))
-        self.low_precision = low_precision(c, self.device)
+        self.precision = autocast(c, self.device)
 
     def step(self, x: Tensor, rate: float, gen: torch.Generator) -> Losses:
         """One optimiser step on images (B, 3, S, S)."""
@@ -102,7 +102,7 @@ class Trainer:
 
     def losses(self, x: Tensor, noise: Tensor | None) -> Losses:
         """The losses of images, in the precision of the training."""
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.low_precision):
+        with self.precision:
             return losses(self.model, x, self.config.beta, noise)
 
     def epoch(self, pixels: Images, state: State, ticks: Iterator[int], note: Note) -> Row:
@@ -170,11 +170,6 @@ def train(
     _load(model, _under(state.tensors, "best."))
     model.eval()
     return state
-
-
-def low_precision(config: TrainConfig, device: torch.device) -> bool:
-    """Whether to train in bfloat16."""
-    return compute_type(config, device) is torch.bfloat16
 
 
 def _patience_over(state: State, patience: int) -> bool:
