@@ -20,8 +20,10 @@ from msvae.model import ORDERS, TURNS, VAE
 from msvae.teach import pretext_loss, train_companion
 from msvae.train import Trainer, losses, train
 
-STEPS, EPOCHS = 100, 2  # of a round of the fast contestants
-SLOW_STEPS = 25  # of a round of the slow ones, one epoch
+EPOCHS = 2  # of a round of the fast contestants
+STEPS = {64: 100, 128: 40}  # of each epoch, by the size of the images
+SLOW_STEPS = {64: 25, 128: 10}  # of a round of the slow ones, one epoch
+ROUNDS = 5
 STOP_SHARE = 0.05
 
 
@@ -139,9 +141,10 @@ def textbook(material: Material, side: int, steps: int) -> Once:
 def rows(material: Material, peers: dict[str, Peer]) -> Iterator[Row]:
     """Every row about training."""
     for side in SIDES:
-        real = loop(material, side, STEPS, EPOCHS)
-        told = interleaved({"loop": real, "bare": bare(side, STEPS * EPOCHS)}, 3)
-        count = STEPS * EPOCHS * 32
+        steps, slow = EPOCHS * STEPS[side], SLOW_STEPS[side]
+        count = steps * 32
+        real = loop(material, side, STEPS[side], EPOCHS)
+        told = interleaved({"loop": real, "bare": bare(side, steps)}, ROUNDS)
         yield compared(
             f"train {side} px, loop against bare step",
             rates(told["loop"], count),
@@ -152,12 +155,12 @@ def rows(material: Material, peers: dict[str, Peer]) -> Iterator[Row]:
         )
         contestants: dict[str, Once] = {
             "loop": real,
-            "textbook": textbook(material, side, SLOW_STEPS),
+            "textbook": textbook(material, side, slow),
         }
         peer = peers.get("pythae")
         if peer is not None:
             pixels = material.work / f"pixels-{side}.npy"
-            np.save(pixels, material.decoded(SLOW_STEPS * 32, side).pixels)
+            np.save(pixels, material.decoded(slow * 32, side).pixels)
             contestants["pythae"] = peer.start(str(side), str(pixels))
         told = interleaved(contestants, 3)
         if peer is not None:
@@ -171,7 +174,7 @@ def rows(material: Material, peers: dict[str, Peer]) -> Iterator[Row]:
                 yield compared(
                     f"train {side} px, loop against {name}",
                     rates(told["loop"], count),
-                    rates(told[name], SLOW_STEPS * 32),
+                    rates(told[name], slow * 32),
                     unit="images/s",
                     bar=bar,
                     note=note,

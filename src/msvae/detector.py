@@ -4,6 +4,7 @@ The one object that users hold. It chooses the device, decodes in the background
 computes, and leaves printing and files to others.
 """
 
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
@@ -254,7 +255,8 @@ def run(
     called with the maps of each batch.
     """
     device = next(model.parameters()).device
-    scores: dict[str, list[NDArray[np.float64]]] = {}
+    # Arrays that grow in place: small ones between a batch's large ones would split the memory up.
+    scores: dict[str, array[float]] = {}
     maps: dict[str, Spool] = {}
 
     @torch.inference_mode()
@@ -265,7 +267,7 @@ def run(
 
     for told, found in in_parallel(work, batches, device):
         for name, value in told.items():
-            scores.setdefault(name, []).append(value.numpy())
+            scores.setdefault(name, array("d")).frombytes(value.numpy().tobytes())
         if not with_maps and each is None:
             continue
         arrays = {name: value.cpu().numpy() for name, value in found.items()}
@@ -273,10 +275,10 @@ def run(
             each(arrays)
         if with_maps:
             maps = maps or {name: Spool() for name in arrays}
-            for name, array in arrays.items():
-                maps[name].add(array)
+            for name, drawn in arrays.items():
+                maps[name].add(drawn)
     return (
-        {name: np.concatenate(parts) for name, parts in scores.items()},
+        {name: np.array(values) for name, values in scores.items()},
         {name: spool.array() for name, spool in maps.items()},
     )
 

@@ -9,7 +9,7 @@ import secrets
 import tempfile
 import weakref
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -97,19 +97,22 @@ def as_json(value: Any) -> bytes:
     return (json.dumps(value, indent=1, allow_nan=False) + "\n").encode()
 
 
-def as_csv(rows: Sequence[Sequence[object]]) -> bytes:
+def as_csv(rows: Iterable[Sequence[object]]) -> bytes:
     """Rows of cells as CSV; floats come back to the bit, odd bytes of file names too."""
-    text = io.StringIO()
-    for row in rows:  # a lone \r in a cell is quoted only where the line ends hold one
-        line = io.StringIO()
-        csv.writer(line, lineterminator="\r\n").writerow(row)
-        text.write(line.getvalue().removesuffix("\r\n") + "\n")
-    return text.getvalue().encode("utf-8", "surrogateescape")
+    return b"".join(map(_csv_line, rows))
 
 
-def write_table(path: Path, rows: Sequence[Sequence[object]]) -> None:
-    """Write rows of cells as CSV, atomically."""
-    write_bytes(path, as_csv(rows))
+def _csv_line(row: Sequence[object]) -> bytes:
+    line = io.StringIO()  # a lone \r in a cell is quoted only where the line ends hold one
+    csv.writer(line, lineterminator="\r\n").writerow(row)
+    text = line.getvalue().removesuffix("\r\n") + "\n"
+    return text.encode("utf-8", "surrogateescape")
+
+
+def write_table(path: Path, rows: Iterable[Sequence[object]]) -> None:
+    """Write rows of cells as CSV, atomically, each as it comes: no memory grows with their number."""
+    with atomic(path) as file:
+        file.writelines(map(_csv_line, rows))
 
 
 def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -1,8 +1,9 @@
 """ScoreTable: one row an image, CSV on disk; the plain hinge between scoring and judging."""
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from msvae.errors import DataError, ImageError
 from msvae.files import write_table
 
 Floats = NDArray[np.float64]
+BLOCK = 1000  # rows written at a time
 
 
 @dataclass(frozen=True)
@@ -59,9 +61,13 @@ class ScoreTable:
 
     def write_csv(self, path: Path) -> None:
         """Write the table atomically; floats come back to the bit."""
-        columns = self.columns()
-        rows = zip(*columns.values(), strict=True)
-        write_table(path, [list(columns), *map(list, rows)])
+        write_table(path, chain([list(self.columns())], self._rows()))
+
+    def _rows(self) -> Iterator[Sequence[object]]:
+        """The cells of one image after the other, a block at a time: a number in Python is large."""
+        for first in range(0, len(self), BLOCK):
+            part = self.select(np.arange(first, min(first + BLOCK, len(self))))
+            yield from zip(*part.columns().values(), strict=True)
 
     @classmethod
     def read_csv(cls, path: Path) -> "ScoreTable":
