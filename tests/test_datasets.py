@@ -169,7 +169,11 @@ def packed(files: dict[str, bytes]) -> bytes:
     return buffer.getvalue()
 
 
-@pytest.mark.parametrize("content", [b"no tar", packed({"../evil": b"x"}), packed({"b/c": b"x"})])
+@pytest.mark.parametrize(
+    "content",
+    [b"no tar", packed({"../evil": b"x"}), packed({"b/c": b"x"})],
+    ids=["no tar", "climbs out", "another set"],  # an archive holds the second it was made in
+)
 def test_a_bad_archive_leaves_nothing(tmp_path, content):
     """Damaged, reaching outside, or without the folder: refused, and nothing is half there."""
     archive = tmp_path / "in" / "a.tgz"
