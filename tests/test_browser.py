@@ -389,6 +389,9 @@ def test_a_hundred_thousand_images(browser, tmp_path):
     path = write_report(tmp_path / "large.html", report)
     assert path.stat().st_size < 15_000_000
     browser.get(path.as_uri())
+    # a page of this size may still be read when `get` comes back
+    whole = "return document.readyState === 'complete'"
+    WebDriverWait(browser, 60).until(lambda b: b.execute_script(whole))
     assert len(browser.find_elements(By.CSS_SELECTOR, ".item")) >= 24
     data = json.loads(sliders(browser)[0].find_element(By.TAG_NAME, "script").get_attribute("text"))
     threshold = data["t"][data["start"]]
