@@ -3,7 +3,7 @@
 import csv
 import json
 import math
-import pickle
+import pickletools
 import shutil
 import struct
 import zipfile
@@ -121,8 +121,8 @@ def test_no_file_of_a_run_is_a_pickle(fitted, run_folder):
         data = path.read_bytes()
         assert not zipfile.is_zipfile(path)
         assert not data.startswith((b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"))
-        with pytest.raises((pickle.UnpicklingError, ValueError, EOFError, IndexError, KeyError)):
-            pickle.loads(data)
+        with pytest.raises(ValueError):  # read as the instructions of a pickle, none of them run
+            list(pickletools.genops(data))
         if path.suffix == ".safetensors":
             (length,) = struct.unpack("<Q", data[:8])
             header = json.loads(data[8 : 8 + length])

@@ -8,7 +8,6 @@ statistics instead of pretrained features). So one model can hold several materi
 """
 
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -113,12 +112,6 @@ class StructureMap:
     descriptors: Tensor  # (M, 2 D) of the normal images kept, standardised
     places: Tensor  # (M, L, D) their whitened local statistics, float16
 
-    @cached_property
-    def beside(self) -> Tensor:
-        """(M, L, D + 1): -2 b and |b|² of each place b, so that one product gives distances."""
-        bank = self.places.to(self.whiten.dtype)
-        return torch.cat([-2 * bank, bank.square().sum(dim=2, keepdim=True)], dim=2)
-
     @classmethod
     def fit(cls, statistics: Tensor) -> "StructureMap":
         """From `local_statistics` (N, D, g, g) of normal images, evenly thinned to `BANK`."""
@@ -149,18 +142,20 @@ class StructureMap:
         if leave_out:
             pairs = zip(alike, near, strict=True)
             others = [a[d.isfinite()] if d.isfinite().any() else a for a, d in pairs]
-        rows = [self._nearest(q, self.beside[a]) for q, a in zip(queries, others, strict=True)]
+        rows = [self._nearest(q, self.places[a]) for q, a in zip(queries, others, strict=True)]
         return torch.stack(rows).unflatten(1, statistics.shape[2:])
 
     @staticmethod
-    def _nearest(queries: Tensor, beside: Tensor) -> Tensor:
-        """Distances (L,) of queries (L, D) to the nearest of the places of images (K, L, D + 1).
+    def _nearest(queries: Tensor, places: Tensor) -> Tensor:
+        """Distances (L,) of queries (L, D) to the nearest of the places (K, L, D).
 
         |q - b|² = |q|² + (q, 1)·(-2 b, |b|²), block by block: a block stays in the processor's
         cache, which makes it up to five times faster than all at once.
         """
+        bank = places.flatten(0, 1).to(queries.dtype)
+        beside = torch.cat([-2 * bank, bank.square().sum(dim=1, keepdim=True)], dim=1)
         with_one = F.pad(queries, (0, 1), value=1.0)
-        blocks = beside.flatten(0, 1).split(max(BLOCK // len(queries), 1))
+        blocks = beside.split(max(BLOCK // len(queries), 1))
         least = [(with_one @ block.T).amin(dim=1) for block in blocks]
         found = torch.stack(least).amin(dim=0) + queries.square().sum(dim=1)
         return (found.clamp_min(0) + 1e-8).sqrt()

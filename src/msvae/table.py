@@ -3,7 +3,6 @@
 import csv
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -61,13 +60,18 @@ class ScoreTable:
 
     def write_csv(self, path: Path) -> None:
         """Write the table atomically; floats come back to the bit."""
-        write_table(path, chain([list(self.columns())], self._rows()))
+        write_table(path, self._rows())
 
     def _rows(self) -> Iterator[Sequence[object]]:
-        """The cells of one image after the other, a block at a time: a number in Python is large."""
-        for first in range(0, len(self), BLOCK):
-            part = self.select(np.arange(first, min(first + BLOCK, len(self))))
-            yield from zip(*part.columns().values(), strict=True)
+        """The names of the columns, then the cells of each image.
+
+        A block at a time: as Python objects all numbers together would be large.
+        """
+        for first in range(0, max(len(self), 1), BLOCK):
+            part = self.select(np.arange(first, min(first + BLOCK, len(self)))).columns()
+            if first == 0:
+                yield list(part)
+            yield from zip(*part.values(), strict=True)
 
     @classmethod
     def read_csv(cls, path: Path) -> "ScoreTable":

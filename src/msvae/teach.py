@@ -23,7 +23,7 @@ from msvae.errors import TrainingError
 from msvae.imagine import COLOURED, Imagination, varied
 from msvae.model import ORDERS, TURNS, VAE, Companion
 from msvae.progress import Progress, Silent
-from msvae.train import DIVERGED, generator_of, learning_rate
+from msvae.train import DIVERGED, descend, generator_of, learning_rate
 
 # What the companion sees is shifted and mirrored, so that it does not know its images by heart.
 MOVED = AugmentConfig(flip_horizontal=True, crop=0.125)
@@ -152,11 +152,7 @@ def _teach(
     step = 0
     for step in progress.track(range(plan.steps), plan.task, plan.steps):
         loss = loss_of()
-        optimiser.param_groups[0]["lr"] = rate(step / plan.steps)
-        optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(network.parameters(), 5.0)
-        optimiser.step()
+        descend(optimiser, loss, rate(step / plan.steps), most=5.0)
         latest.append(loss.detach())
         if step % 20 == 0:
             progress.note(f"loss {loss:.3f}")

@@ -72,6 +72,16 @@ def losses(model: VAE, x: Tensor, beta: float, noise: Tensor | None) -> Losses:
     return Losses(per_value, error, scores.kl(e).mean())
 
 
+def descend(optimiser: torch.optim.Optimizer, loss: Tensor, rate: float, most: float) -> None:
+    """One step down the gradient of the loss, whose norm is cut off at `most`."""
+    group = optimiser.param_groups[0]
+    group["lr"] = rate
+    optimiser.zero_grad(set_to_none=True)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(group["params"], most)
+    optimiser.step()
+
+
 class Trainer:
     """The VAE, its optimiser and the plan of one training; `train` drives it epoch by epoch."""
 
@@ -93,11 +103,7 @@ class Trainer:
         """One optimiser step on images (B, 3, S, S)."""
         noise = torch.randn(len(x), self.model.config.latent_dim, generator=gen)
         loss = self.losses(x, noise.to(self.device))
-        self.optimiser.param_groups[0]["lr"] = rate
-        self.optimiser.zero_grad(set_to_none=True)
-        loss.total.backward()
-        torch.nn.utils.clip_grad_norm_(self.parameters, 10.0)
-        self.optimiser.step()
+        descend(self.optimiser, loss.total, rate, most=10.0)
         return loss
 
     def losses(self, x: Tensor, noise: Tensor | None) -> Losses:
