@@ -340,3 +340,15 @@ def test_a_constant_map_is_never_rare():
     told = Rarity.fit(values)(torch.full((2, 1, 2, 2), 400.0))
     assert not told[0].any()
     np.testing.assert_allclose(told[1], -np.log(0.2), atol=0.02)
+
+
+def test_what_scoring_keeps_serves_gradients_too():
+    """Scored first, explained afterwards: neither the blur nor the table stands in the way."""
+    maps.blurring.cache_clear()
+    rarity = Rarity.fit(torch.rand(500, 1, generator=torch.Generator().manual_seed(0)))
+    x = torch.rand(1, 2, 8, 8)
+    with torch.inference_mode():
+        rarity(x), maps.smooth(x[0], 1.0)
+    x.requires_grad_()
+    (rarity(x).sum() + maps.smooth(x[0], 1.0).sum()).backward()
+    assert x.grad.isfinite().all()

@@ -62,6 +62,7 @@ def smooth(maps: Tensor, sigma: float) -> Tensor:
 
 
 @lru_cache(maxsize=64)
+@torch.inference_mode(mode=False)  # what is kept serves gradients too
 def blurring(n: int, sigma: float) -> Tensor:
     """The matrix (n, n) of a Gaussian blur of n values, mirrored at both ends."""
     radius = min(max(1, round(3 * sigma)), n - 1)
@@ -98,6 +99,7 @@ class Rarity:
         return cls(ordered[at].T.float().contiguous())
 
     @cached_property
+    @torch.inference_mode(mode=False)
     def table(self) -> Tensor:
         """(K, T): the rarity of T values evenly spaced from the first knot to the last.
 
