@@ -47,6 +47,12 @@ def test_recursion_sorted_without_hidden_files_and_masks(tmp_path):
     assert "1 masks skipped" in found.note
 
 
+def test_names_come_in_the_order_of_their_parts(tmp_path):
+    """As pathlib sorts: what lies in `a` before what lies in `a-b`, files and folders mixed."""
+    tree(tmp_path, "a/1.png", "a-b/1.png", "a.png", "a/b/0.png", "a/b.png", "b.png")
+    assert find_images(tmp_path).paths == tuple(sorted(tmp_path.rglob("*.png")))
+
+
 def test_lists_globs_and_single_files(tmp_path):
     """A list may hold files, folders and globs; what is named twice counts once."""
     tree(tmp_path, "a/1.png", "a/2.png", "b/3.png", "b/x.txt")

@@ -260,7 +260,7 @@ def _score(options: argparse.Namespace) -> int:
     from msvae.detector import load
 
     screen = _screen()
-    paths = [str(p) for p in find_images(options.images).paths]
+    paths = find_images(options.images).names
     detector = load(options.run)
     write = None
     if options.maps is not None:
@@ -337,7 +337,7 @@ def _explain(options: argparse.Namespace) -> int:
     from msvae.workflow import write_explanations
 
     screen = _screen()
-    paths = [str(p) for p in find_images(options.images).paths]
+    paths = find_images(options.images).names
     written, refused = write_explanations(load(options.run), paths, options.out, screen.progress)
     screen.say(f"{options.out}: {len(written)} images explained, a .png and a .json each")
     return _unreadable(screen, refused, options.out / "quarantine.csv", options.strict)

@@ -21,7 +21,7 @@ from msvae.data.images import Pixels, Source, digest, load_image, name_of, read_
 from msvae.errors import DataError, ImageError
 from msvae.progress import Progress, Silent
 
-VERSION = 3
+VERSION = 4
 WINDOW = 256  # images decoded ahead at most
 DAY = 86_400  # seconds; unfinished files that are older belong to nobody
 

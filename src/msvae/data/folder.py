@@ -1,8 +1,9 @@
 """A tree, a list or a glob of files -> paths and labelled samples; masks paired, or named."""
 
 import glob
+import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,8 +29,13 @@ class Sample:
 class Found:
     """Images that were found, and a note on what was chosen and what passed over."""
 
-    paths: tuple[Path, ...]
+    names: tuple[str, ...]  # a `Path` takes four times the memory of its name
     note: str
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """The same as paths, made anew."""
+        return tuple(map(Path, self.names))
 
 
 def is_image(path: Path) -> bool:
@@ -45,19 +51,19 @@ def find_images(where: str | Path | Sequence[str | Path]) -> Found:
     """
     if not isinstance(where, str | Path):
         parts = [find_images(w) for w in where]
-        paths = tuple(dict.fromkeys(p for part in parts for p in part.paths))
-        if not paths:
+        names = tuple(dict.fromkeys(n for part in parts for n in part.names))
+        if not names:
             raise DataError("the list of images is empty: name at least one")
-        return parts[0] if len(parts) == 1 else Found(paths, f"{len(paths)} images")
+        return parts[0] if len(parts) == 1 else Found(names, f"{len(names)} images")
     path = Path(where)
     if path.is_dir():
         return _in_folder(path)
     if path.is_file():
-        return Found((path,), str(path))
-    matches = sorted(Path(m) for m in glob.glob(str(where), recursive=True))  # noqa: PTH207 (absolute patterns)
-    images = tuple(m for m in matches if m.is_file() and is_image(m))
+        return Found((str(path),), str(path))
+    matches = (Path(m) for m in glob.iglob(str(where), recursive=True))  # noqa: PTH207 (absolute patterns)
+    images = _in_order(str(m) for m in matches if m.is_file() and is_image(m))
     if images:
-        return Found(images, f"{where}: {len(images)} images")
+        return Found(tuple(images), f"{where}: {len(images)} images")
     if any(c in str(where) for c in "*?["):
         raise DataError(f"{where}: matches no image: check the pattern")
     raise DataError(f"{where}: no such file or folder: check the path")
@@ -66,32 +72,39 @@ def find_images(where: str | Path | Sequence[str | Path]) -> Found:
 def _in_folder(folder: Path) -> Found:
     good = folder / "train" / "good"
     root = good if good.is_dir() else folder
-    paths, masks = _apart(_below(root))
-    if not paths:
+    names, masks = _apart(_below(root))
+    if not names:
         raise DataError(f"{root}: holds no images: name a folder with image files")
-    note = f"{root}: {len(paths)} images"
+    note = f"{root}: {len(names)} images"
     if root is good:
         note += " (train/good, and nothing else of the tree)"
-    return Found(tuple(paths), note + (f", {len(masks)} masks skipped" if masks else ""))
+    return Found(tuple(names), note + (f", {masks} masks skipped" if masks else ""))
 
 
-def _below(root: Path) -> list[Path]:
-    """Every image below, sorted; nothing hidden, nor in hidden folders."""
-    return sorted(
-        p
-        for p in root.rglob("*")
-        if is_image(p)
-        and p.is_file()
-        and not any(part.startswith(".") for part in p.relative_to(root).parts)
-    )
+def _below(root: Path) -> list[str]:
+    """Every image below; nothing hidden."""
+    names: list[str] = []
+    for folder, below, files in os.walk(root):
+        below[:] = [name for name in below if not name.startswith(".")]
+        paths = (Path(folder, name) for name in files)
+        names += [str(path) for path in paths if is_image(path) and path.is_file()]
+    return _in_order(names)
 
 
-def _apart(paths: Sequence[Path]) -> tuple[list[Path], list[Path]]:
-    """Images, and the PNG masks that lie beside an image of the same stem."""
-    others = {p.with_suffix("") for p in paths if p.suffix.lower() != ".png"}
-    masks = [p for p in paths if p.suffix.lower() == ".png" and p.with_suffix("") in others]
-    taken = set(masks)
-    return [p for p in paths if p not in taken], masks
+def _in_order(names: Iterable[str]) -> list[str]:
+    """Sorted by the parts of the paths, as `Path`s are."""
+    return sorted(names, key=lambda name: name.replace(os.sep, "\0"))
+
+
+def _apart(names: Sequence[str]) -> tuple[list[str], int]:
+    """Images, and how many PNG masks were left out that lie beside an image of the same stem."""
+    others = {name.rpartition(".")[0] for name in names if not _is_png(name)}
+    images = [n for n in names if not _is_png(n) or n.rpartition(".")[0] not in others]
+    return images, len(names) - len(images)
+
+
+def _is_png(name: str) -> bool:
+    return name.lower().endswith(".png")
 
 
 def find_labelled(root: str | Path) -> tuple[Sample, ...]:
