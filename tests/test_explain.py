@@ -24,6 +24,7 @@ from msvae.explain import CAM_SCORES, GROUPS, explain_many, gradcams, regions, s
 from msvae.explanation import figure
 from msvae.scorer import EXPERTS
 from small import CONFIG, SIDE
+from tails import tail_of
 
 
 def smooth_images(n, seed, rows=SIDE, columns=SIDE):
@@ -91,7 +92,7 @@ def told_by_scipy(fusion, row, values):
     knots, levels = (t[at].numpy() for t in (fusion.quantiles.knots, fusion.quantiles.levels))
     z = interp1d(knots, levels, fill_value="extrapolate")(values)
     z = (z - fusion.gap[at].item()) / fusion.width[at].item()
-    return fusion.weights[row].item() * -stats.norm.logsf(z)
+    return fusion.weights[row].item() * tail_of(z)
 
 
 def test_shapley_is_the_average_over_all_orders(detector, evidence):
@@ -127,12 +128,12 @@ def test_shapley_is_the_average_over_all_orders(detector, evidence):
         total = sum(told(n, coalition) for n in places)
         far = total - (count - 1) * np.log(total) + special.gammaln(count)
         tail = np.where(total > 300, far, -stats.gamma(count).logsf(total.clip(0, 300)))
-        return np.logaddexp(0, tail - np.log(50))
+        return np.logaddexp(0, tail - np.log(20))
 
     @cache
     def of_picture(coalition):
         norm = sum(told(n, coalition) ** 1.5 for n in picture) ** (1 / 1.5)
-        return np.logaddexp(0, norm - 2)
+        return np.logaddexp(0, norm - 3)
 
     def worth(coalition):
         team = frozenset(places)

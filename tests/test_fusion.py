@@ -8,7 +8,16 @@ from scipy.stats import gamma, multivariate_normal, norm
 from sklearn.metrics import roc_auc_score
 from sklearn.mixture import GaussianMixture
 
-from msvae.fusion import KNOTS, Fusion, Mixture, QuantileMap, TwoSided, surprisal, tail_of_sum
+from msvae.fusion import (
+    KNOTS,
+    Fusion,
+    Mixture,
+    QuantileMap,
+    TwoSided,
+    surprisal,
+    tail_of_sum,
+)
+from tails import tail_of
 
 
 def normals(seed, n, k, **more):
@@ -215,22 +224,23 @@ def test_no_image_has_a_say_in_its_own_surprise():
     assert after[17] > before.max()
 
 
-def test_surprisal_is_that_of_scipy():
-    """-log of the upper tail, in nats; finite where the tail itself is zero in floating point."""
+def test_surprisal_is_that_of_scipy_and_then_a_line():
+    """Nats; what no normal image reached grows with its distance, and its slope never vanishes."""
     z = torch.linspace(-12, 60, 200, dtype=torch.float64, requires_grad=True)
     got = surprisal(z)
-    np.testing.assert_allclose(got.detach(), -norm.logsf(z.detach().numpy()), rtol=1e-9)
+    np.testing.assert_allclose(got.detach(), tail_of(z.detach()), rtol=1e-9)
     (slope,) = torch.autograd.grad(got.sum(), z)
     assert slope.isfinite().all()
     assert (slope >= 0).all()
+    assert (slope[z > 1.7] > 2).all()
 
 
 WEIGHTS = torch.tensor([1.0, 0.5, 1.0, 0.0], dtype=torch.float64)
 
 
 def nats(x):
-    """-log P(Z >= z) of the i-th of 100 is -log(1 - (i + 1/2) / 100)."""
-    return -np.log(1 - (x.numpy() + 0.5) / 100)
+    """The surprisal of the i-th of 100, whose quantile is that of (i + 1/2) / 100."""
+    return tail_of(norm.ppf((x.numpy() + 0.5) / 100))
 
 
 def test_the_surprisals_are_those_of_the_ranks():
@@ -241,13 +251,22 @@ def test_the_surprisals_are_those_of_the_ranks():
 
 
 def test_the_fused_score_by_hand():
-    """Places: a gamma tail (scipy's) above the 2 % level; the picture: a 1.5-norm above 2; joined."""
+    """Places: a gamma tail (scipy's) above the 5 % level; the picture: a 1.5-norm above 3; joined."""
     x = ranks(0, 100, 4)
     fusion = Fusion.fit(x, WEIGHTS, 2)
     told = fusion.surprisals(x).numpy()
-    places = np.logaddexp(0, -gamma(1.5).logsf(told[:, :2].sum(axis=1)) - np.log(50))
-    picture = np.logaddexp(0, (told[:, 2:] ** 1.5).sum(axis=1) ** (1 / 1.5) - 2)
+    places = np.logaddexp(0, -gamma(1.5).logsf(told[:, :2].sum(axis=1)) - np.log(20))
+    picture = np.logaddexp(0, (told[:, 2:] ** 1.5).sum(axis=1) ** (1 / 1.5) - 3)
     np.testing.assert_allclose(fusion(x), np.hypot(places, picture), rtol=1e-9)
+
+
+@pytest.mark.parametrize("images, share", [(0, 0), (5, 0.5), (20, 0.8), (10**9, 1)])
+def test_places_are_trusted_as_far_as_they_found_what_they_look_for(images, share):
+    """A map that found nothing loses the share m / (m + 5) of its weight; the picture's keep theirs."""
+    fusion = Fusion.fit(ranks(0, 100, 4), WEIGHTS, 2)
+    weights = fusion.trusting(torch.tensor([0.0, 0.75]), images).weights
+    wanted = [1 - share, 0.5 * (1 - 0.25 * share), *WEIGHTS[2:].tolist()]
+    assert weights.tolist() == pytest.approx(wanted, abs=1e-6)
 
 
 @pytest.mark.parametrize("count", [0.3, 1.0, 2.5, 4.0, 7.0])

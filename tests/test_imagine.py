@@ -6,7 +6,7 @@ import torch
 from scipy.ndimage import gaussian_filter
 from torch.nn import functional as F
 
-from msvae.imagine import CLEAN, VISIBLE, Imagination, varied
+from msvae.imagine import CLEAN, SEEN, VISIBLE, Imagination, coloured, varied
 
 
 def images(n, seed, grey=False, side=32):
@@ -30,6 +30,28 @@ def test_the_mask_is_where_the_picture_changed(imagination):
     inside = mask.numpy() > 0
     assert (smoothed[inside] > 0.8 * VISIBLE).all()
     assert inside.any(axis=(1, 2)).mean() > 0.5
+
+
+@pytest.mark.parametrize("side", [8, 32, 160])
+def test_defects_of_every_size_at_every_size(side):
+    """Masks cover what is asked for, drawn at 128 px at most; some are spots under 2 %."""
+    drawn = Imagination.prepare(side, True, torch.Generator().manual_seed(0))
+    share = drawn.masks.mean(dim=(1, 2, 3))
+    assert drawn.masks.shape[2:] == (min(side, 128), min(side, 128))
+    assert ((share > SEEN[0]) & (share < SEEN[1])).all()
+    assert (share < 0.02).any()
+    assert (share > 0.2).any()
+    spoilt, mask = drawn(images(8, 9, side=side), torch.Generator().manual_seed(1))
+    assert (spoilt.shape, mask.shape) == ((8, 3, side, side), (8, side, side))
+    assert mask.any()
+
+
+def test_colour_is_an_average_over_all_batches():
+    """Grey has none; one tinted batch among grey ones is enough if it is tinted enough."""
+    grey, tinted = images(4, 1, grey=True), images(4, 1)
+    assert not coloured([grey, grey])
+    assert coloured([tinted])
+    assert coloured([grey, tinted])
 
 
 def test_some_images_stay_clean(imagination):
@@ -66,3 +88,14 @@ def test_varied_images_keep_size_and_range():
     assert out.min() >= 0
     assert out.max() <= 1
     assert not out.equal(x)
+
+
+@pytest.mark.parametrize("lying", [True, False])
+def test_images_are_laid_on_their_side_where_that_is_asked_for(lying):
+    """Upright stripes stay upright in every one of 40 draws, or some lie."""
+    stripes = (torch.arange(16) % 4 < 2).float().expand(8, 3, 16, 16)
+    gen = torch.Generator().manual_seed(0)
+    drawn = torch.cat([varied(stripes, gen, lying) for _ in range(10)])
+    lies = drawn.std(dim=2).mean(dim=(1, 2)) > 0.01
+    assert bool(lies.any()) is lying
+    assert not lies.all()

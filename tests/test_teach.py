@@ -8,10 +8,18 @@ import torch
 
 from msvae import teach
 from msvae.compute import to_batch
+from msvae.config import Config
 from msvae.errors import TrainingError
 from msvae.model import ORDERS
 from msvae.progress import Silent
-from msvae.teach import pretext_loss, train_companion, transform
+from msvae.teach import (
+    inspector_steps,
+    pretext_loss,
+    train_companion,
+    train_inspector,
+    transform,
+    upright,
+)
 from msvae.train import train
 from test_train import SMALL, STOP, TRAIN, built, same_weights, smooth_images
 
@@ -40,6 +48,36 @@ def test_the_companion_learns_its_tasks():
     by_hand = -order[range(48), orders].mean() - turn[range(48), turns].mean()
     assert loss == pytest.approx(float(by_hand), rel=1e-5)
     assert loss < 0.7 * math.log(6 * 4)
+
+
+@pytest.mark.parametrize("directed", [True, False])
+def test_which_way_up_is_asked_of_the_companion(monkeypatch, directed):
+    """Light above and dark below shows, also in new images; noise does not, and is laid on its side."""
+    config = WITH_COMPANION.replace(inspector=True, inspector_steps=1)
+    noise = np.random.default_rng(0).integers(0, 100, (48, 16, 16, 3))
+    light = np.linspace(150, 0, 16)[:, None, None] if directed else 0
+    images, others = np.split((noise + light).astype(np.uint8), 2)
+    model = built(config)
+    train_companion(model, images, config)
+    assert upright(model, others) is directed
+    seen = []
+    real = teach.varied
+    monkeypatch.setattr(teach, "varied", lambda x, g, lying: seen.append(lying) or real(x, g))
+    train_inspector(model, images, others, config)
+    assert seen == [not directed]
+
+
+@pytest.mark.parametrize(
+    "side, steps", [(32, 600), (64, 600), (96, 1350), (128, 2400), (1024, 2400)]
+)
+def test_larger_images_take_more_steps(side, steps):
+    """In proportion to their pixels beyond 64 x 64, up to four times as many."""
+    assert inspector_steps(Config().replace(image_size=side)) == steps
+
+
+def test_nobody_knows_which_way_up_without_a_companion():
+    """Then images are turned."""
+    assert upright(built(SMALL), TRAIN) is False
 
 
 def test_each_loop_teaches_its_own_network():

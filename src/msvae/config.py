@@ -69,14 +69,15 @@ class TrainConfig:
 
     A small folder is passed over more often than `epochs`, until `min_steps` steps are done. The
     companion sees every image up to `companion_epochs` times, at its own small size, in at most
-    12,000 steps.
+    12,000 steps. The inspector takes `inspector_steps`, and more of images beyond 64 px: in proportion
+    to their pixels, up to four times as many.
     `patience` counts epochs without a better loss on the stop part; 0 never stops early.
     """
 
     epochs: int = 12
     min_steps: int = 240
     companion_epochs: int = 60
-    inspector_steps: int = 800
+    inspector_steps: int = 600
     batch_size: int = 32
     learning_rate: float = 1.5e-3
     schedule: Schedule = "onecycle"

@@ -156,7 +156,7 @@ def split_images(
     if isinstance(images, str | Path) or all(isinstance(i, str | Path) for i in images):
         found = find_images(images)  # type: ignore[arg-type]
         say(found.note)
-        sources = found.paths
+        sources = found.names
     model = config.model
     decoded = decode(
         sources, model.image_size, model.resize, cache=default_cache_dir(), progress=progress
@@ -209,7 +209,7 @@ def fit_parts(
     learned = train_companion(model, parts.train.pixels, config, progress)
     if learned.gave_up:
         say(f"orders and turns say little here: the companion gave up after {learned.steps} steps")
-    train_inspector(model, parts.train.pixels, config, progress)
+    train_inspector(model, parts.train.pixels, parts.stop.pixels, config, progress)
     scoring = model.frozen(compute_type(config.train, device))
     scorer = _learn(scoring, parts, config, progress)
     if feedback is not None:

@@ -6,6 +6,7 @@ Scores with a direction come in one-sidedly and are added as surprisals (Fisher'
 
 import math
 from dataclasses import dataclass, replace
+from statistics import NormalDist
 from typing import Any
 
 import torch
@@ -15,8 +16,11 @@ from torch.nn import functional as F
 KNOTS = 129
 TAIL = 0.1  # the outer tenth of the references sets the slope beyond the outermost one
 COMPONENTS = (1, 2, 4, 8, 16)
-KNEE = math.log(50)  # nats: one in fifty normal images
-PLAIN = 2.0  # nats: the norm of the surprisals of an ordinary picture, about
+RARE = 1 / 20  # of normal images: beyond them they tell little
+KNEE = -math.log(RARE)  # nats
+PLAIN = 3.0  # nats: the norm of the surprisals of all but the oddest normal pictures, about
+OUTER = NormalDist().inv_cdf(1 - RARE)  # standard deviations
+STEEPNESS = NormalDist().pdf(OUTER) / RARE  # nats a deviation: the slope of -log P(Z >= z) there
 BETWEEN = 1.5  # the norm: 1 would be the sum, infinity the greatest
 PER_COMPONENT = 150  # images needed for each component of the mixture
 
@@ -159,10 +163,10 @@ class Fusion:
     """Several scores with a direction into one, in nats, from their surprisals on normal images.
 
     The first `local` scores are of maps, the oddest of many places, which vary on normal images
-    without meaning: their sum (Fisher 1932) counts by its excess over the level that one in fifty
+    without meaning: their sum (Fisher 1932) counts by its excess over the level that one in twenty
     normal images reaches, with a soft knee. The others look at the whole picture: of them a norm
     counts, between their sum (many weak hints) and their greatest (one sure sign), by its excess
-    over an ordinary picture's. The two sides are joined by the Euclidean norm: added, the noise of
+    over that of all but the oddest. The two sides are joined by the Euclidean norm: added, the noise of
     one would drown what the other is sure of.
     The scores need not be independent: the conformal p-value of the result is right all the same.
     """
@@ -200,6 +204,15 @@ class Fusion:
         weights = self.weights.clone()
         weights[self.quantiles.kept] /= (1 + apart.square()).sqrt()
         return replace(self, gap=gap, width=log_width.exp(), weights=weights)
+
+    def trusting(self, found: Tensor, m: int) -> "Fusion":
+        """The same with the `local` scores weighted by how well they found what they look for.
+
+        `found` (local,) in [0, 1], measured on m images; shrunk to no change where these are few.
+        """
+        weights = self.weights.clone()
+        weights[: self.local] *= 1 - m / (m + 5) * (1 - found.to(weights))
+        return replace(self, weights=weights)
 
     def standing(self, experts: Tensor) -> Tensor:
         """Scores (B, K) in deviations from new normal images, (B, K'), without the constant ones."""
@@ -254,5 +267,11 @@ def _spread(values: Tensor, kept: Tensor, columns: int) -> Tensor:
 
 
 def surprisal(z: Tensor) -> Tensor:
-    """-log P(Z >= z) of standard-normal quantiles, nats; finite far out in the tail."""
-    return -torch.special.log_ndtr(-z)
+    """-log P(Z >= z) of standard-normal quantiles, nats; beyond `OUTER` on a straight line.
+
+    The few normal images out there do not tell how the tail goes on. A Gaussian's would make a
+    certainty of what no image could vouch for; an exponential one (a generalised Pareto tail of shape
+    0, Pickands 1975) grows with the distance and no faster.
+    """
+    inner = -torch.special.log_ndtr(-z.clamp_max(OUTER))
+    return inner + STEEPNESS * (z - OUTER).clamp_min(0)

@@ -7,6 +7,7 @@ generator that is given.
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +17,9 @@ from torch.nn import functional as F
 from msvae.maps import smooth
 
 LINES, BLOTS = 384, 640  # masks drawn once; a batch takes them mirrored and turned at random
-NOISES = 128
+NOISES = 128  # of at most 128 px; of larger ones fewer, for the memory they take
+FINEST = 128  # px a side at which masks are drawn at most
+SEEN = (0.0004, 0.35)  # share of the picture that a mask covers, least and most
 CLEAN = 0.2  # share of images left as they are
 SEGMENTS = 23  # of a curved line
 VISIBLE = 0.05  # mean change of intensity from which a pixel counts as defect
@@ -25,7 +28,7 @@ COLOURED = 2.0  # mean deviation between the channels, of 255, from which images
 
 @dataclass(frozen=True)
 class Imagination:
-    """Masks (M, 1, S, S) and noise textures (N, 1, S, S) for images of one size."""
+    """Masks (M, 1, s, s), s <= S, and noise textures (N, 1, S, S) for images of one size S."""
 
     masks: Tensor
     noises: Tensor
@@ -33,22 +36,22 @@ class Imagination:
 
     @classmethod
     def prepare(cls, side: int, coloured: bool, generator: torch.Generator) -> "Imagination":
-        """Draw the masks at half the resolution; those that would hardly be seen are left out."""
-        half = max(side // 2, 4)
-        drawn = torch.cat([_lines(LINES, half, generator), _blots(BLOTS, half, generator)])
-        size = (side, side)
-        masks = F.interpolate(drawn[:, None], size=size, mode="bilinear", align_corners=False)
-        share = masks.mean(dim=(1, 2, 3))
-        grain = torch.randn(NOISES, 1, side, side, generator=generator)
-        coarse = _field(NOISES, side, max(side // 4, 2), generator)[:, None]
-        return cls(
-            masks[(share > 0.002) & (share < 0.35)], 0.4 * grain + 0.7 * coarse, float(coloured)
-        )
+        """Draw the masks; those that would hardly be seen are left out."""
+        drawn = min(side, FINEST)
+        masks = torch.cat([_lines(LINES, drawn, generator), _blots(BLOTS, drawn, generator)])
+        share = masks.mean(dim=(1, 2))
+        masks = masks[(share > SEEN[0]) & (share < SEEN[1])][:, None]
+        count = min(NOISES, max(NOISES * FINEST**2 // side**2, 8))
+        grain = torch.randn(count, 1, side, side, generator=generator)
+        coarse = _field(count, side, max(side // 4, 2), generator)[:, None]
+        return cls(masks, grain.mul_(0.4).add_(coarse.mul_(0.7)), float(coloured))
 
     def __call__(self, x: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Spoilt copies of images (B, 3, S, S) in [0, 1], and where they were changed, (B, S, S)."""
         b, side = len(x), x.shape[-1]
         mask = _taken(self.masks, b, generator).to(x.device)
+        if mask.shape[-1] != side:
+            mask = F.interpolate(mask, size=(side, side), mode="bilinear", align_corners=False)
         filled = self._fill(x, mask, generator)
         kept = (_uniform(b, generator) >= CLEAN).to(x.device)
         opacity = (0.6 + 0.4 * _uniform(b, generator)).to(x.device)
@@ -79,14 +82,23 @@ class Imagination:
         return torch.where(kind == 5, other, painted.clamp(0, 1))
 
 
-def varied(x: Tensor, generator: torch.Generator) -> Tensor:
-    """Images (B, 3, S, S) mirrored, turned, cropped and brightened: none is learned by heart."""
-    parts = [_varied_alike(c, generator) for c in x.chunk(4)]
+def coloured(batches: Iterable[Tensor]) -> bool:
+    """Whether images (B, 3, S, S) in [0, 1] have colour, on average over the batches."""
+    deviations = [float(x.std(dim=1, correction=0).mean()) for x in batches]
+    return 255 * sum(deviations) > COLOURED * len(deviations)
+
+
+def varied(x: Tensor, generator: torch.Generator, lying: bool = True) -> Tensor:
+    """Images (B, 3, S, S) mirrored, cropped and brightened: none is learned by heart.
+
+    With `lying` half of them are laid on their side too.
+    """
+    parts = [_varied_alike(c, generator, lying) for c in x.chunk(4)]
     gain = 1 + 0.2 * (_uniform(len(x), generator).to(x.device) - 0.5)
     return (torch.cat(parts) * gain).clamp(0, 1)
 
 
-def _varied_alike(x: Tensor, generator: torch.Generator) -> Tensor:
+def _varied_alike(x: Tensor, generator: torch.Generator, lying: bool) -> Tensor:
     side = x.shape[-1]
     zoom, *coins = torch.rand(4, generator=generator).tolist()
     size = max(int(side * (1 - 0.3 * zoom)), 4)
@@ -94,7 +106,7 @@ def _varied_alike(x: Tensor, generator: torch.Generator) -> Tensor:
     x = x[:, :, top : top + size, left : left + size]
     x = x.flip(3) if coins[0] < 0.5 else x
     x = x.flip(2) if coins[1] < 0.5 else x
-    x = x.transpose(2, 3) if coins[2] < 0.5 else x
+    x = x.transpose(2, 3) if lying and coins[2] < 0.5 else x
     return F.interpolate(x, size=(side, side), mode="bilinear", align_corners=False)
 
 
@@ -147,16 +159,17 @@ def _between(low: float, high: float, share: Tensor) -> Tensor:
 
 
 def _blots(b: int, side: int, generator: torch.Generator) -> Tensor:
-    """Uneven round spots (b, S, S), 5 to 35 % of the side in radius."""
+    """Uneven round spots (b, S, S), 1.5 to 35 % of the side in radius."""
     y, x = _plane(side)
     cy, cx, size, long, turn, rough, fine, soft = torch.rand(8, b, 1, 1, generator=generator)
-    radius = _between(0.05, 0.35, size)
-    stretch, angle = ((long - 0.5) * 1.2).exp(), turn * math.pi
+    radius = _between(0.015, 0.35, size)
+    stretch, angle = ((long - 0.5) * 1.6).exp(), turn * math.pi
     along = ((x - cx) * angle.cos() + (y - cy) * angle.sin()) * stretch
     across = ((y - cy) * angle.cos() - (x - cx) * angle.sin()) / stretch
     inside = 1 - (along.square() + across.square()).sqrt() / radius
     uneven = 0.35 * rough * _field(b, side, 8, generator)
     uneven = uneven + 0.25 * fine * _field(b, side, 16, generator)
+    uneven = uneven * (radius / 0.05).clamp(max=1)  # the smallest would fall to pieces
     edge = 0.75 / side / radius * (1.2 * soft).exp()
     return ((inside + uneven) / edge * 0.5 + 0.5).clamp(0, 1)
 

@@ -4,10 +4,11 @@ Two passes over the training images: the first gathers moments and statistics, t
 what the fitted maps make of the very images they were fitted to (each left out of its own fit).
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import log
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,7 +16,9 @@ from msvae import maps, scores
 from msvae.evidence import Evidence
 from msvae.feedback import Feedback
 from msvae.fusion import Fusion, TwoSided
+from msvae.imagine import Imagination, coloured
 from msvae.maps import Moments, Rarity, ResidualMap, SpatialMap
+from msvae.metrics import auroc
 from msvae.model import ORDERS, TURNS, VAE
 from msvae.scores import Mahalanobis, Neighbours
 from msvae.structure import StructureMap, local_statistics, thinning
@@ -27,6 +30,8 @@ Told = tuple[Tensor, Tensor]
 # What the fusion adds up: a two-sided density of the VAE's statistics, and scores with a direction.
 PLACES = ("residual", "spatial", "structure", "inspection")  # maps: their oddest places
 DEVIATIONS = 8.0  # of a score or statistic, at most, where feedback weighs it
+IMAGINED = 160  # normal images on which defects are imagined to try the maps, at least
+FOURS = 4  # images of a batch are blurred in four ways
 SAMPLED = 128  # places of each training image that tell what values its maps have, at most
 SAMPLE = 1 << 20  # places of all of them together, at most
 EXPERTS = (*PLACES, "typicality", "order", "turn", "neighbours")
@@ -65,16 +70,19 @@ class Scorer:
 
     def maps(self, e: Evidence) -> dict[str, Tensor]:
         """Every map at the model's resolution, (B, H, W)."""
+        found = self.places(e)
+        fused = self.fused_map(torch.stack([found[k] for k in PLACES]))
+        return {"reconstruction": maps.reconstruction_map(e), **found, "fused": fused}
+
+    def places(self, e: Evidence) -> dict[str, Tensor]:
+        """The maps that are fused, (B, H, W) each."""
         side = e.x.shape[-1]
-        found = {
-            "reconstruction": maps.reconstruction_map(e),
+        return {
             "residual": self.residual(e),
             "spatial": at_size(self.spatial(e), side),
             "structure": at_size(self.structure(e.x), side),
             "inspection": maps.inspection(e),
         }
-        together = torch.stack([found[k] for k in PLACES])
-        return {**found, "fused": self.fused_map(together)}
 
     def fused_map(self, found: Tensor) -> Tensor:
         """Σ w² r of the maps (4, B, S, S), r how rare their values are, (B, S, S), nats.
@@ -164,7 +172,8 @@ def learn(
     """Learn every score's parameters from `count` training images, in two passes over `batches`.
 
     What is kept of each image is a few hundred numbers. `held` are the normal images of the stop
-    part: they tell how much higher those score that were not trained on.
+    part: they tell how much higher those score that were not trained on, and, with imagined defects
+    painted on them, how far each map is to be trusted.
     """
     device = next(model.parameters()).device
     first = _Gathered(model, batches, count)
@@ -207,7 +216,52 @@ def learn(
     ).on(device)
     told = [scorer(model.evidence(x)) for x in held()]
     others = torch.cat([experts_of(found) for found in told])
-    return replace(scorer, fusion=scorer.fusion.corrected(others))
+    apart = _told_apart(model, scorer, held, others[:, : len(PLACES)])
+    fusion = scorer.fusion.corrected(others).trusting(apart, len(others))
+    return replace(scorer, fusion=fusion)
+
+
+def _told_apart(model: VAE, scorer: Scorer, held: Batches, clean: Tensor) -> Tensor:
+    """How well the score of each of `PLACES` tells imagined defects from clean images, (4,), 0 to 1.
+
+    2 AUROC - 1 against the scores `clean` (m, 4) of the m held images: a map that is blind to
+    defects would only add its noise to the others.
+    """
+    spoilt = [
+        _oddest(scorer.places(model.inspected(x))).double() for x in _imagined(held, len(clean))
+    ]
+    if not spoilt:  # pictures in which no defect would show
+        return torch.ones(len(PLACES))
+    both = torch.cat([clean, *spoilt]).numpy()
+    labels = (np.arange(len(both)) >= len(clean)).astype(np.int64)
+    return torch.tensor([max(0.0, 2 * auroc(labels, column) - 1) for column in both.T])
+
+
+def _imagined(held: Batches, count: int) -> Iterator[Tensor]:
+    """Copies with imagined defects of the `count` held images, again and again if they are few.
+
+    Evenly drawn if they are many.
+    """
+    gen, imagination, step = torch.Generator().manual_seed(0), None, max(1, count // IMAGINED)
+    with_colour = coloured(held())
+    for _ in range(-(-IMAGINED // count)):
+        seen = 0
+        for x in held():
+            seen, x = seen + len(x), x[-seen % step :: step]
+            if not len(x):
+                continue
+            if len(x) < FOURS:
+                x = x.repeat(FOURS, 1, 1, 1)
+            imagination = imagination or Imagination.prepare(x.shape[-1], with_colour, gen)
+            spoilt, mask = imagination(x, gen)
+            shown = mask.flatten(1).any(dim=1)
+            if shown.any():
+                yield spoilt[shown]
+
+
+def _oddest(found: Mapping[str, Tensor]) -> Tensor:
+    """The scores of the maps `PLACES`, (B, 4), on the CPU."""
+    return torch.stack([maps.oddest(found[k]) for k in PLACES], dim=1).cpu()
 
 
 def _fuse(experts: dict[str, Tensor]) -> Fusion:
@@ -290,7 +344,7 @@ def _measure_maps(
             "inspection": maps.inspection(e),
         }
         together = torch.stack([found[k] for k in PLACES])
-        told.append(torch.stack([maps.oddest(m) for m in together], dim=1).cpu())
+        told.append(_oddest(found))
         at = torch.randint(0, side * side, (len(x), sampled), generator=gen).to(x.device)
         drawn = together.flatten(2).gather(2, at.expand(len(PLACES), -1, -1))
         values.append(drawn.flatten(1).T.cpu())

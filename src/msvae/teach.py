@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from msvae.augment import augment
-from msvae.compute import autocast, to_batch
+from msvae.compute import autocast, batch_of, to_batch
 from msvae.config import AugmentConfig, Config
 from msvae.data.cache import Images
 from msvae.errors import TrainingError
-from msvae.imagine import COLOURED, Imagination, varied
+from msvae.imagine import Imagination, coloured, varied
 from msvae.model import ORDERS, TURNS, VAE, Companion
 from msvae.progress import Progress, Silent
 from msvae.train import DIVERGED, descend, generator_of, learning_rate
@@ -33,7 +33,11 @@ COMPANION_STEPS = 12_000  # at most: of a large folder it learns the tasks in fe
 HOPELESS = 0.9
 LOOK = 240
 LATEST = 50  # steps whose mean loss counts
+SURE = 0.5  # of a guess's loss of the turns: below it images show which way up they are
+ASKED = 512  # images that such questions are asked of, at most
 INSPECTOR_RATE = 2e-3
+# The inspector takes more steps in proportion to the pixels beyond 64 x 64, up to so many times.
+FINER = 4
 
 
 @dataclass(frozen=True)
@@ -99,6 +103,28 @@ def train_companion(
     return _teach(companion, loss, partial(learning_rate, config=c), plan, progress)
 
 
+@torch.no_grad()
+def upright(model: VAE, pixels: Images) -> bool:
+    """Whether images (N, S, S, 3) show which way up they are, as far as the companion can tell.
+
+    Ask it of images that it was not taught on: it may know those by heart.
+    """
+    companion, device = model.companion, next(model.parameters()).device
+    if companion is None:
+        return False
+    x = torch.cat([companion.reduced(part) for part in _some(pixels, device)])
+    told = [companion(x.rot90(k, dims=(2, 3)))[1][:, k] for k in TURNS]
+    return float(-torch.stack(told).mean()) < SURE * math.log(len(TURNS))
+
+
+def _some(pixels: Images, device: torch.device) -> Iterator[Tensor]:
+    """Batches (B, 3, S, S) of at most `ASKED` of the pixels, evenly drawn."""
+    rows = np.arange(0, len(pixels), -(-len(pixels) // ASKED))
+    size = batch_of(pixels[:1].shape[1])
+    for first in range(0, len(rows), size):
+        yield to_batch(pixels[rows[first : first + size]], device)
+
+
 def inspection_loss(odds: Tensor, mask: Tensor) -> Tensor:
     """Cross-entropy of the pixels, plus the share that mask and marks do not overlap (Dice)."""
     found = odds.sigmoid()
@@ -106,25 +132,32 @@ def inspection_loss(odds: Tensor, mask: Tensor) -> Tensor:
     return F.binary_cross_entropy_with_logits(odds, mask) + 0.3 * (1 - overlap)
 
 
+def inspector_steps(config: Config) -> int:
+    """As many as the settings say at 64 px and below; larger images show more to tell defects from."""
+    finer = (config.model.image_size / 64) ** 2
+    return round(config.train.inspector_steps * min(max(finer, 1), FINER))
+
+
 def train_inspector(
-    model: VAE, pixels: Images, config: Config, progress: Progress | None = None
+    model: VAE, pixels: Images, stop: Images, config: Config, progress: Progress | None = None
 ) -> None:
     """Teach the model's inspector, in place, to mark imagined defects on pixels (N, S, S, 3).
 
-    It wants more steps of smaller batches than the VAE. Raises `TrainingError` when the loss is not a
-    finite number.
+    It wants more steps of smaller batches than the VAE. Where the `stop` images are `upright`, no
+    image is laid on its side: a brushed surface would look like another material. Raises
+    `TrainingError` when the loss is not a finite number.
     """
     inspector, c, side = model.inspector, config.train, config.model.image_size
     if inspector is None:
         return
     device, gen = next(model.parameters()).device, generator_of(c.seed, -2)
     precision = autocast(c, device)
-    coloured = float(pixels[:200].std(axis=3).mean()) > COLOURED
-    imagination = Imagination.prepare(side, coloured, gen)
+    imagination = Imagination.prepare(side, coloured(_some(pixels, device)), gen)
     rows = _endless(len(pixels), 32 if side <= 64 else 16, gen)
+    lying = not upright(model, stop)
 
     def loss() -> Tensor:
-        x = varied(to_batch(pixels[next(rows)], device), gen)
+        x = varied(to_batch(pixels[next(rows)], device), gen, lying)
         spoilt, mask = imagination(x, gen)
         spoilt = spoilt.contiguous(memory_format=torch.channels_last)
         with precision:
@@ -134,7 +167,7 @@ def train_inspector(
     def rate(at: float) -> float:
         return INSPECTOR_RATE * min(1, 10 * at + 0.1) * (1 - at)
 
-    _teach(inspector, loss, rate, Plan("imagining defects", c.inspector_steps), progress)
+    _teach(inspector, loss, rate, Plan("imagining defects", inspector_steps(config)), progress)
 
 
 def _teach(
