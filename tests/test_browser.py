@@ -102,7 +102,10 @@ def report_of(data):
             Gallery(title="Most anomalous", items=(item(0, MASK), item(1), item(2, MASK))),
             Gallery(title="Misses", items=(item(3),)),
         ),
-        tables=(Table(title="Maps", columns=tuple("abcdefgh"), rows={"fused": [0.5] * 8}),),
+        tables=(
+            Table(title="Maps", columns=tuple("abcdefgh"), rows={"fused": [0.5] * 8}),
+            Table(title="Do the maps explain?", columns=("wins",), rows={"fused": [0.9]}),
+        ),
         figures=(Figure(title="Curve", svg=SVG, alt="A falling line"),),
         unreadable=(("x/" * 60 + "broken.png", "is cut short"),),
         facts={"model": {"image_size": "64", "platform": "Linux-" + "x86" * 40}},
@@ -168,6 +171,17 @@ def test_it_starts_at_the_runs_own_decision(page, data):
     box = sliders(page)[0]
     assert counts(box) == counted(data.p <= 0.05, data.labels)
     assert box.find_element(By.CSS_SELECTOR, "[data-rate-text]").text == "5 %"
+
+
+def test_every_section_can_be_jumped_to(page):
+    """The links at the top name each heading that is seen, every table's too, and nothing else."""
+    links = page.execute_script("return [...document.querySelectorAll('nav a')].map(a => a.hash)")
+    headings = page.execute_script(
+        "return [...document.querySelectorAll('main section > h2:not(.quiet)')]"
+        ".filter(h => h.offsetParent).map(h => '#' + (h.closest('section').id || h.id))"
+    )
+    assert links == headings
+    assert len(links) == 9
 
 
 def test_the_score_slider_counts_exactly(page, data):
