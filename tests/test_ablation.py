@@ -8,7 +8,7 @@ from scipy import stats
 from msvae.ablation import STOUFFER, WITHOUT, variants
 from msvae.fusion import Fusion
 from msvae.report import ablation_markdown
-from msvae.scorer import EXPERTS, PLACES
+from msvae.scorer import EXPERTS
 
 
 @pytest.fixture
@@ -18,7 +18,7 @@ def fitted():
     training = torch.randn(400, len(EXPERTS), generator=gen, dtype=torch.float64)
     weights = torch.linspace(0.3, 1, len(EXPERTS), dtype=torch.float64)
     others = 1.5 * torch.randn(50, len(EXPERTS), generator=gen, dtype=torch.float64)
-    fusion = Fusion.fit(training, weights, len(PLACES))
+    fusion = Fusion.fit(training, weights)
     return fusion, training, weights, others
 
 
@@ -32,22 +32,23 @@ def test_a_score_left_out_is_one_that_never_was(fitted, left_out):
     _, training, weights, others = fitted
     silent = training.clone()
     silent[:, left_out] = 0
-    never = Fusion.fit(silent, weights, len(PLACES))(others)
+    never = Fusion.fit(silent, weights)(others)
     found = variants(fitted[0], columns(others))[WITHOUT.format(EXPERTS[left_out])]
     np.testing.assert_allclose(found, never.numpy(), rtol=1e-9)
 
 
 def test_the_other_joins_are_those_of_the_p_values(fitted):
-    """Fisher's, Tippett's, the harmonic mean's and Stouffer's, by scipy where all weigh one."""
+    """Tippett's, the harmonic mean's and Stouffer's, by scipy where all weigh one; Fisher's is ours."""
     fusion, training, _, others = fitted
-    fusion = Fusion.fit(training, torch.ones(len(EXPERTS)).double(), len(PLACES))
+    fusion = Fusion.fit(training, torch.ones(len(EXPERTS)).double())
     found = variants(fusion, columns(others))
     p = np.exp(-fusion.surprisals(others).numpy())
     fisher = [stats.combine_pvalues(row, "fisher").statistic / 2 for row in p]
-    np.testing.assert_allclose(found["sum of surprisals (Fisher)"], fisher)
+    np.testing.assert_allclose(fusion(others), fisher)
     np.testing.assert_allclose(found["greatest (least p)"], -np.log(p.min(axis=1)))
     np.testing.assert_allclose(found["harmonic mean of p"], -np.log(stats.hmean(p, axis=1)))
-    stouffer = [stats.combine_pvalues(row, "stouffer").statistic for row in p]
+    gaussian = stats.norm.sf(fusion.standing(others).numpy())
+    stouffer = [stats.combine_pvalues(row, "stouffer").statistic for row in gaussian]
     np.testing.assert_allclose(found[STOUFFER], stouffer, atol=1e-6)
 
 

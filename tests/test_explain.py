@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from scipy import ndimage, special, stats
+from scipy import ndimage, stats
 from scipy.interpolate import interp1d
 from torch.nn import functional as F
 
@@ -120,26 +120,11 @@ def test_shapley_is_the_average_over_all_orders(detector, evidence):
         return told_by_scipy(fusion, row, scorer.typicality.density(seen).numpy())
 
     told = cache(told)
-    places, picture = EXPERTS[: fusion.local], EXPERTS[fusion.local :]
-    count = sum(weights[EXPERTS.index(n)] for n in places)
-
-    @cache
-    def of_places(coalition):
-        total = sum(told(n, coalition) for n in places)
-        far = total - (count - 1) * np.log(total) + special.gammaln(count)
-        tail = np.where(total > 300, far, -stats.gamma(count).logsf(total.clip(0, 300)))
-        return np.logaddexp(0, tail - np.log(20))
-
-    @cache
-    def of_picture(coalition):
-        norm = sum(told(n, coalition) ** 1.5 for n in picture) ** (1 / 1.5)
-        return np.logaddexp(0, norm - 3)
 
     def worth(coalition):
-        team = frozenset(places)
-        return np.hypot(of_places(coalition & team), of_picture(coalition - team))
+        return sum(told(name, coalition) for name in EXPERTS)
 
-    players = [*places, *(n for n in picture if n != "typicality"), *groups]
+    players = [*(n for n in EXPERTS if n != "typicality"), *groups]
     for player in players:
         others = [n for n in players if n != player]
         value = 0

@@ -25,7 +25,7 @@ from msvae.model import VAE
 from msvae.pictures import Map
 from msvae.progress import Progress, Silent
 from msvae.references import References
-from msvae.scorer import EXPERTS, PLACES, Scorer, at_size, experts_of
+from msvae.scorer import EXPERTS, Scorer, at_size, experts_of
 from msvae.table import ScoreTable
 from msvae.wording import reading
 
@@ -305,6 +305,7 @@ GROUPS = {  # columns of `Scorer.statistics`
     "latent": (16, 20),
     "latent distance": (20, 21),
 }
+TYPICALITY = EXPERTS.index("typicality")
 
 
 def shapley(scorer: Scorer, e: Evidence, values: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -314,8 +315,8 @@ def shapley(scorer: Scorer, e: Evidence, values: dict[str, Tensor]) -> dict[str,
 
     Exact Shapley values (Shapley 1953): they, "ordinary image" and what "feedback" changed, where
     there was any, add up to the score. A group that is left out takes the value of the median
-    normal image. The fused score joins two sides, and each is worked out once for every coalition
-    of its own players only; the density of the statistics is four players of the second.
+    normal image. The fused score is a sum, in which a score's share is its own surprisal; only the
+    density of the statistics is a game, of four players.
     """
     fusion, density = scorer.fusion, scorer.typicality
     told = fusion.surprisals(experts_of(values))
@@ -325,30 +326,16 @@ def shapley(scorer: Scorer, e: Evidence, values: dict[str, Tensor]) -> dict[str,
     z = density.quantiles(scorer.statistics(e, values["mahalanobis"]))
     kept = density.quantiles.kept.tolist()
     columns = {n: [i for i, k in enumerate(kept) if k in range(*s)] for n, s in GROUPS.items()}
-    plain = [k for k in EXPERTS if k != "typicality"]
-    place = {k: i for i, k in enumerate(EXPERTS)}
-    typicality = {
+    game = {
         c: _typicality_told(scorer, values, density.density(_seen(z, c, columns)))
         for c in _coalitions(tuple(GROUPS))
     }
-
-    def play(coalition: frozenset[str], side: int) -> Tensor:
-        seen = at_rest.expand_as(told).clone()
-        for name in plain:
-            if name in coalition:
-                seen[:, place[name]] = told[:, place[name]]
-        seen[:, place["typicality"]] = typicality[coalition & frozenset(GROUPS)]
-        return fusion.sides(seen)[:, side]
-
-    others = tuple(k for k in plain if k not in PLACES)
-    teams = (PLACES, (*others, *GROUPS))
-    sides = [[play(c, side) for c in _coalitions(players)] for side, players in enumerate(teams)]
-    first, second = (torch.stack(values) for values in sides)
-    game = fusion.join(first[:, None], second[None, :])  # of every pair of coalitions, (16, 128, B)
-    shares = _shapley_values(teams, game)
-    shares["ordinary image"] = game[0, 0]
+    shares = dict(zip(EXPERTS, (told - at_rest).T, strict=True))
+    del shares["typicality"]
+    shares |= {name: _share(name, game) for name in GROUPS}
+    shares["ordinary image"] = game[frozenset()] + at_rest.sum() - at_rest[TYPICALITY]
     if scorer.feedback.learned:
-        shares["feedback"] = values["fused"] - fusion.joined(told)
+        shares["feedback"] = values["fused"] - told.sum(dim=1)
     return shares
 
 
@@ -363,8 +350,8 @@ def _seen(z: Tensor, coalition: frozenset[str], columns: dict[str, list[int]]) -
 def _typicality_told(scorer: Scorer, values: dict[str, Tensor], typicality: Tensor) -> Tensor:
     """The weighted surprisal (B,) of another typicality, the other scores as they are."""
     experts = experts_of(values)
-    experts[:, EXPERTS.index("typicality")] = typicality
-    return scorer.fusion.surprisals(experts)[:, EXPERTS.index("typicality")]
+    experts[:, TYPICALITY] = typicality
+    return scorer.fusion.surprisals(experts)[:, TYPICALITY]
 
 
 def _coalitions(players: tuple[str, ...]) -> list[frozenset[str]]:
@@ -372,24 +359,18 @@ def _coalitions(players: tuple[str, ...]) -> list[frozenset[str]]:
     return [frozenset(c) for size in sizes for c in combinations(players, size)]
 
 
-def _shapley_values(teams: tuple[tuple[str, ...], ...], game: Tensor) -> dict[str, Tensor]:
-    """Each player's share (B,), from the game's value for every pair of coalitions of two teams."""
-    n = sum(len(team) for team in teams)
-    coalitions = [_coalitions(team) for team in teams]
-    sizes = [torch.tensor([len(c) for c in side]) for side in coalitions]
-    weights = torch.tensor([factorial(k) * factorial(n - k - 1) / factorial(n) for k in range(n)])
-    shares = {}
-    for axis, (team, own) in enumerate(zip(teams, coalitions, strict=True)):
-        place = {c: i for i, c in enumerate(own)}
-        for player in team:
-            without = [i for i, c in enumerate(own) if player not in c]
-            joined = [place[own[i] | {player}] for i in without]
-            gain = game.index_select(axis, torch.tensor(joined))
-            gain = gain - game.index_select(axis, torch.tensor(without))
-            here, there = sizes[axis][without], sizes[1 - axis]
-            counts = here[:, None] + there if axis == 0 else there[:, None] + here
-            shares[player] = (gain * weights[counts][..., None]).sum(dim=(0, 1))
-    return shares
+def _share(player: str, game: dict[frozenset[str], Tensor]) -> Tensor:
+    """A player's Shapley value (B,), from what every coalition is worth."""
+    n = max(map(len, game))
+    gains = [
+        factorial(len(c))
+        * factorial(n - len(c) - 1)
+        / factorial(n)
+        * (game[c | {player}] - game[c])
+        for c in game
+        if player not in c
+    ]
+    return torch.stack(gains).sum(dim=0)
 
 
 def nearest(detector: Explainable, e: Evidence) -> list[tuple[Nearest, ...]]:

@@ -4,24 +4,19 @@ Two-sided by nature: unusually low is as unusual as unusually high (DoSE, Mornin
 Scores with a direction come in one-sidedly and are added as surprisals (Fisher's method).
 """
 
-import math
 from dataclasses import dataclass, replace
 from statistics import NormalDist
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 KNOTS = 129
 TAIL = 0.1  # the outer tenth of the references sets the slope beyond the outermost one
 COMPONENTS = (1, 2, 4, 8, 16)
 RARE = 1 / 20  # of normal images: beyond them they tell little
-KNEE = -math.log(RARE)  # nats
-PLAIN = 3.0  # nats: the norm of the surprisals of all but the oddest normal pictures, about
 OUTER = NormalDist().inv_cdf(1 - RARE)  # standard deviations
 STEEPNESS = NormalDist().pdf(OUTER) / RARE  # nats a deviation: the slope of -log P(Z >= z) there
-BETWEEN = 1.5  # the norm: 1 would be the sum, infinity the greatest
 PER_COMPONENT = 150  # images needed for each component of the mixture
 
 
@@ -160,30 +155,24 @@ class TwoSided:
 
 @dataclass(frozen=True)
 class Fusion:
-    """Several scores with a direction into one, in nats, from their surprisals on normal images.
+    """Several scores with a direction into one: the weighted sum of their surprisals, nats.
 
-    The first `local` scores are of maps, the oddest of many places, which vary on normal images
-    without meaning: their sum (Fisher 1932) counts by its excess over the level that one in twenty
-    normal images reaches, with a soft knee. The others look at the whole picture: of them a norm
-    counts, between their sum (many weak hints) and their greatest (one sure sign), by its excess
-    over that of all but the oddest. The two sides are joined by the Euclidean norm: added, the noise of
-    one would drown what the other is sure of.
-    The scores need not be independent: the conformal p-value of the result is right all the same.
+    Fisher 1932, with weights. The scores need not be independent: the conformal p-value of the sum is
+    right all the same.
     """
 
     quantiles: QuantileMap  # of the scores
     gap: Tensor  # (K',) where normal images lie that were not trained on, in quantiles
     width: Tensor  # (K',) and how far they scatter
     weights: Tensor  # (K,)
-    local: int
 
     @classmethod
-    def fit(cls, experts: Tensor, weights: Tensor, local: int) -> "Fusion":
+    def fit(cls, experts: Tensor, weights: Tensor) -> "Fusion":
         """From the scores (N, K) of the training images; a constant one is left out."""
         quantiles = QuantileMap.fit(experts)
         kept = len(quantiles.kept)
         gap, width = torch.zeros(kept).double(), torch.ones(kept).double()
-        return cls(quantiles, gap, width, weights, local)
+        return cls(quantiles, gap, width, weights)
 
     def corrected(self, held: Tensor) -> "Fusion":
         """The same for images that were not trained on, from the scores (M, K) of a few of them.
@@ -206,12 +195,13 @@ class Fusion:
         return replace(self, gap=gap, width=log_width.exp(), weights=weights)
 
     def trusting(self, found: Tensor, m: int) -> "Fusion":
-        """The same with the `local` scores weighted by how well they found what they look for.
+        """The same with the first scores weighted by how well they found what they look for.
 
-        `found` (local,) in [0, 1], measured on m images; shrunk to no change where these are few.
+        `found` (k,) of the first k scores, in [0, 1], measured on m images; shrunk to no change where
+        these are few.
         """
         weights = self.weights.clone()
-        weights[: self.local] *= 1 - m / (m + 5) * (1 - found.to(weights))
+        weights[: len(found)] *= 1 - m / (m + 5) * (1 - found.to(weights))
         return replace(self, weights=weights)
 
     def standing(self, experts: Tensor) -> Tensor:
@@ -223,42 +213,9 @@ class Fusion:
         told = surprisal(self.standing(experts))
         return _spread(told, self.quantiles.kept, experts.shape[1]) * self.weights
 
-    def sides(self, surprisals: Tensor) -> Tensor:
-        """What places and picture bring, (B, 2), nats, from the weighted surprisals (B, K)."""
-        said = torch.zeros_like(self.weights)
-        said[self.quantiles.kept] = self.weights[self.quantiles.kept]
-        places = surprisals[:, : self.local].sum(dim=1)
-        excess = F.softplus(tail_of_sum(places, float(said[: self.local].sum())) - KNEE)
-        whole = F.softplus(surprisals[:, self.local :].norm(p=BETWEEN, dim=1) - PLAIN)
-        return torch.stack([excess, whole], dim=1)
-
-    @staticmethod
-    def join(places: Tensor, picture: Tensor) -> Tensor:
-        """Both sides as one score, nats; of any shapes that go together."""
-        return torch.hypot(places, picture)
-
-    def joined(self, surprisals: Tensor) -> Tensor:
-        """The fused score (B,) of weighted surprisals (B, K), nats."""
-        return self.join(*self.sides(surprisals).unbind(dim=1))
-
     def __call__(self, experts: Tensor) -> Tensor:
         """(B, K) -> (B,), nats."""
-        return self.joined(self.surprisals(experts))
-
-
-def tail_of_sum(total: Tensor, count: float) -> Tensor:
-    """-log P(a sum of `count` surprisals >= total), nats: that of a gamma law (Fisher 1932).
-
-    Far out the leading term of its asymptotic series, where the law itself would underflow.
-    """
-    if count < 1e-6:
-        return torch.zeros_like(total)
-    k = torch.full_like(total, max(count, 0.05))
-    x = total.clamp_min(1e-9)
-    far = x > 60 + 2 * k
-    near = torch.special.gammaincc(k, torch.where(far, torch.ones_like(x), x)).clamp_min(1e-300)
-    beyond = x - (k - 1) * x.log() + torch.lgamma(k) - torch.log1p((k - 1) / x)
-    return torch.where(far, beyond, -near.log())
+        return self.surprisals(experts).sum(dim=1)
 
 
 def _spread(values: Tensor, kept: Tensor, columns: int) -> Tensor:

@@ -278,7 +278,6 @@ def _fuse(experts: dict[str, Tensor]) -> Fusion:
     return Fusion.fit(
         experts_of(experts),
         torch.tensor([weights[k] for k in EXPERTS], dtype=torch.float64),
-        len(PLACES),
     )
 
 
