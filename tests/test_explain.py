@@ -104,8 +104,6 @@ def test_shapley_is_the_average_over_all_orders(detector, evidence):
     kept = scorer.typicality.quantiles.kept.numpy()
     groups = {"residual bands": (0, 8), "image bands": (8, 16)}
     groups |= {"latent": (16, 20), "latent distance": (20, 21)}
-    weights = fusion.weights.numpy().copy()
-    weights[[i for i in range(len(EXPERTS)) if i not in fusion.quantiles.kept.tolist()]] = 0
 
     def told(name, coalition):
         row = EXPERTS.index(name)

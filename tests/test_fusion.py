@@ -8,14 +8,7 @@ from scipy.stats import multivariate_normal, norm
 from sklearn.metrics import roc_auc_score
 from sklearn.mixture import GaussianMixture
 
-from msvae.fusion import (
-    KNOTS,
-    Fusion,
-    Mixture,
-    QuantileMap,
-    TwoSided,
-    surprisal,
-)
+from msvae.fusion import KNOTS, Fusion, Mixture, QuantileMap, TwoSided, surprisal
 from tails import tail_of
 
 

@@ -76,13 +76,7 @@ class Scorer:
 
     def places(self, e: Evidence) -> dict[str, Tensor]:
         """The maps that are fused, (B, H, W) each."""
-        side = e.x.shape[-1]
-        return {
-            "residual": self.residual(e),
-            "spatial": at_size(self.spatial(e), side),
-            "structure": at_size(self.structure(e.x), side),
-            "inspection": maps.inspection(e),
-        }
+        return _places(e, self.residual, self.spatial, self.structure)
 
     def fused_map(self, found: Tensor) -> Tensor:
         """Σ w² r of the maps (4, B, S, S), r how rare their values are, (B, S, S), nats.
@@ -259,6 +253,23 @@ def _imagined(held: Batches, count: int) -> Iterator[Tensor]:
                 yield spoilt[shown]
 
 
+def _places(
+    e: Evidence,
+    residual: ResidualMap,
+    spatial: SpatialMap,
+    structure: StructureMap,
+    leave_out: bool = False,
+) -> dict[str, Tensor]:
+    """The maps `PLACES`, (B, S, S) each; `leave_out` for the images that they were fitted to."""
+    side = e.x.shape[-1]
+    return {
+        "residual": residual(e),
+        "spatial": at_size(spatial(e, leave_out), side),
+        "structure": at_size(structure(e.x, leave_out), side),
+        "inspection": maps.inspection(e),
+    }
+
+
 def _oddest(found: Mapping[str, Tensor]) -> Tensor:
     """The scores of the maps `PLACES`, (B, 4), on the CPU."""
     return torch.stack([maps.oddest(found[k]) for k in PLACES], dim=1).cpu()
@@ -335,13 +346,8 @@ def _measure_maps(
     gen = torch.Generator().manual_seed(0)
     sampled = max(1, min(SAMPLED, SAMPLE // count))
     for x in batches():
-        e, side = model.inspected(x), x.shape[-1]
-        found = {
-            "residual": residual(e),
-            "spatial": at_size(spatial(e, leave_out=True), side),
-            "structure": at_size(structure(x, leave_out=True), side),
-            "inspection": maps.inspection(e),
-        }
+        side = x.shape[-1]
+        found = _places(model.inspected(x), residual, spatial, structure, leave_out=True)
         together = torch.stack([found[k] for k in PLACES])
         told.append(_oddest(found))
         at = torch.randint(0, side * side, (len(x), sampled), generator=gen).to(x.device)
