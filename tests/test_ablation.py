@@ -38,13 +38,13 @@ def test_a_score_left_out_is_one_that_never_was(fitted, left_out):
 
 
 def test_the_other_joins_are_those_of_the_p_values(fitted):
-    """Tippett's, the harmonic mean's and Stouffer's, by scipy where all weigh one; Fisher's is ours."""
+    """Tippett's, the harmonic mean's, Stouffer's and Fisher's, by scipy where all weigh one."""
     fusion, training, _, others = fitted
     fusion = Fusion.fit(training, torch.ones(len(EXPERTS)).double())
     found = variants(fusion, columns(others))
     p = np.exp(-fusion.surprisals(others).numpy())
     fisher = [stats.combine_pvalues(row, "fisher").statistic / 2 for row in p]
-    np.testing.assert_allclose(fusion(others), fisher)
+    np.testing.assert_allclose(found["sum (Fisher)"], fisher)
     np.testing.assert_allclose(found["greatest (least p)"], -np.log(p.min(axis=1)))
     np.testing.assert_allclose(found["harmonic mean of p"], -np.log(stats.hmean(p, axis=1)))
     gaussian = stats.norm.sf(fusion.standing(others).numpy())

@@ -96,7 +96,10 @@ def told_by_scipy(fusion, row, values):
 
 
 def test_shapley_is_the_average_over_all_orders(detector, evidence):
-    """Each share is the marginal contribution to the score, averaged over all orders of joining."""
+    """Each share is the marginal contribution to the squared score, averaged over all orders of joining.
+
+    Divided by the score.
+    """
     scorer, fusion = detector.scorer, detector.scorer.fusion
     found = shapley(scorer, evidence, scorer(evidence))
     values = {k: v.numpy() for k, v in scorer(evidence).items()}
@@ -120,7 +123,7 @@ def test_shapley_is_the_average_over_all_orders(detector, evidence):
     told = cache(told)
 
     def worth(coalition):
-        return sum(told(name, coalition) for name in EXPERTS)
+        return sum(told(name, coalition) ** 2 for name in EXPERTS)
 
     players = [*(n for n in EXPERTS if n != "typicality"), *groups]
     for player in players:
@@ -132,8 +135,11 @@ def test_shapley_is_the_average_over_all_orders(detector, evidence):
                 for before in combinations(others, size)
             ]
             value = value + np.mean(gains, axis=0) / len(players)
-        np.testing.assert_allclose(found[player].numpy(), value, rtol=1e-3, atol=1e-4)
-    np.testing.assert_allclose(found["ordinary image"].numpy(), worth(frozenset()), atol=1e-6)
+        np.testing.assert_allclose(
+            found[player].numpy(), value / values["fused"], rtol=1e-3, atol=1e-4
+        )
+    ordinary = worth(frozenset()) / values["fused"]
+    np.testing.assert_allclose(found["ordinary image"].numpy(), ordinary, atol=1e-6)
 
 
 def test_scores_and_decisions_are_those_of_scoring(detector, images, explained):

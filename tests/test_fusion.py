@@ -242,19 +242,24 @@ def test_the_surprisals_are_those_of_the_ranks():
     np.testing.assert_allclose(told, WEIGHTS.numpy() * nats(x), atol=1e-2)
 
 
-def test_the_fused_score_is_the_sum():
-    """Weights times surprisals, added by hand."""
+def test_the_fused_score_is_the_length_of_the_surprisals():
+    """The root of the squares of weights times surprisals, added by hand."""
     x = ranks(0, 100, 4)
     fused = Fusion.fit(x, WEIGHTS)(x)
-    np.testing.assert_allclose(fused, nats(x) @ WEIGHTS.numpy(), atol=2e-2)
+    by_hand = np.sqrt(((nats(x) * WEIGHTS.numpy()) ** 2).sum(axis=1))
+    np.testing.assert_allclose(fused, by_hand, atol=2e-2)
 
 
-@pytest.mark.parametrize("images, share", [(0, 0), (5, 0.5), (20, 0.8), (10**9, 1)])
+@pytest.mark.parametrize("images, share", [(0, 0), (1, 0.5), (4, 0.8), (10**9, 1)])
 def test_places_are_trusted_as_far_as_they_found_what_they_look_for(images, share):
-    """What found nothing loses the share m / (m + 5) of its weight; the others keep theirs."""
+    """What found nothing loses the share m / (m + 1) of its weight.
+
+    The others lose as much as the best of the places found.
+    """
     fusion = Fusion.fit(ranks(0, 100, 4), WEIGHTS)
     weights = fusion.trusting(torch.tensor([0.0, 0.75]), images).weights
-    wanted = [1 - share, 0.5 * (1 - 0.25 * share), *WEIGHTS[2:].tolist()]
+    rest = (1 - 0.75 * share) * WEIGHTS[2:]
+    wanted = [1 - share, 0.5 * (1 - 0.25 * share), *rest.tolist()]
     assert weights.tolist() == pytest.approx(wanted, abs=1e-6)
 
 

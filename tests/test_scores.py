@@ -15,6 +15,7 @@ from msvae import scorer, scores, structure
 from msvae.compute import to_batch
 from msvae.config import Config
 from msvae.evidence import Evidence
+from msvae.maps import SHARES, USUAL, oddest
 from msvae.model import VAE
 from msvae.scorer import PLACES, learn
 from msvae.scores import Mahalanobis, Neighbours
@@ -363,24 +364,57 @@ def test_order_and_turn_are_means_of_their_columns(e, found):
 
 
 def test_map_scores_are_those_of_the_oddest_places(setting, e, found):
-    """The scores of places are the means over the greatest fiftieth of their maps' values."""
+    """The scores of places are the means over the greatest values of their maps."""
     with torch.inference_mode():
         maps = setting.scorer.maps(e)
-    for name in PLACES:
+    for name, share in zip(PLACES, setting.scorer.shares.tolist(), strict=True):
         assert maps[name].shape == (N_HELD, 32, 32)
-        highest = np.sort(maps[name].numpy().reshape(N_HELD, -1))[:, -round(0.02 * 32 * 32) :]
+        highest = np.sort(maps[name].numpy().reshape(N_HELD, -1))[:, -round(share * 32 * 32) :]
         close(found["held"][name], highest.mean(axis=1), rtol=1e-5)
 
 
+def test_a_share_is_one_place_at_least():
+    """Of 3 x 3 places half a percent is the greatest, and a half is the mean of the upper four."""
+    values = torch.tensor([[[3.0, 1, 2], [9, 5, 4], [7, 8, 6]]])
+    assert oddest(values, (0.005, 0.5)).tolist() == [[9, 7.5]]
+
+
+def test_the_share_is_the_one_that_tells_imagined_defects(monkeypatch, setting):
+    """Defects of a tenth of the picture, no higher than the noise of single places elsewhere."""
+    gen, side = torch.Generator().manual_seed(0), 32
+
+    def places(e):
+        noise = torch.rand(len(e.x), side, side, generator=gen)
+        marked = F.pad(torch.ones(len(e.x), 10, 10), (0, 22, 0, 22))
+        spoilt = noise.maximum(0.97 * marked) if e.x.mean() > 1 else noise
+        return dict.fromkeys(PLACES, spoilt)
+
+    bright = [2 + torch.zeros(40, 3, side, side)]
+    monkeypatch.setattr(scorer, "_imagined", lambda *_: bright)
+    held = [torch.zeros(40, 3, side, side)]
+    best, apart = scorer._told_apart(setting.model, lambda: held, places)
+    assert [SHARES[i] for i in best] == [0.1] * 4
+    assert (apart == 1).all()
+
+
 def test_maps_that_find_no_defect_lose_weight(monkeypatch, setting):
-    """By 8 / (8 + 5) for 8 held images; the scores of the whole picture keep theirs."""
+    """By 8 / (8 + 1) for 8 held images; the scores of the whole picture by as much where they do."""
     weights = []
     for found in (0.0, 1.0):
-        monkeypatch.setattr(scorer, "_told_apart", lambda *a, v=found: torch.full((4,), v))
+        told = torch.full((4,), USUAL), torch.full((4,), found)
+        monkeypatch.setattr(scorer, "_told_apart", lambda *_, told=told: told)
         weights.append(learned(setting.model, setting.train).fusion.weights)
-    close(weights[0][:4], weights[1][:4] * (1 - 8 / 13))
-    assert weights[0][4:].equal(weights[1][4:])
+    close(weights[0][:4], weights[1][:4] / 9)
+    close(weights[1][4:], weights[0][4:] / 9)
     assert (weights[1][:3] > 0).all()
+
+
+def test_pictures_in_which_no_defect_shows_change_no_weight(monkeypatch, setting):
+    """Nothing was told: every score keeps its weight, and a fiftieth of the places its say."""
+    monkeypatch.setattr(scorer, "_imagined", lambda *_: [])
+    untried = learned(setting.model, setting.train)
+    assert untried.shares.tolist() == [0.02] * 4
+    assert (untried.fusion.weights[:3] > setting.scorer.fusion.weights[:3] - 1e-9).all()
 
 
 def test_the_fused_map_by_hand(setting, e):

@@ -19,7 +19,7 @@ from msvae.scorer import EXPERTS, experts_of
 WITHOUT = "without {}"  # the fused score, with one score silenced
 # Other ways to join weighted surprisals (B, K), nats.
 JOINS: dict[str, Callable[[Tensor], Tensor]] = {
-    "root of squares": lambda told: told.norm(dim=1),
+    "sum (Fisher)": lambda told: told.sum(dim=1),
     "greatest (least p)": lambda told: told.amax(dim=1),
     "harmonic mean of p": lambda told: told.logsumexp(dim=1) - log(told.shape[1]),
 }

@@ -69,8 +69,8 @@ class TrainConfig:
 
     A small folder is passed over more often than `epochs`, until `min_steps` steps are done. The
     companion sees every image up to `companion_epochs` times, at its own small size, in at most
-    12,000 steps. The inspector takes `inspector_steps`, and more of images beyond 64 px: in proportion
-    to their pixels, up to four times as many.
+    12,000 steps. The inspector takes `inspector_steps`, and more of images beyond 64 px: 4.9 times as
+    many at 128 px, at most five times.
     `patience` counts epochs without a better loss on the stop part; 0 never stops early.
     """
 

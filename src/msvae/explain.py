@@ -313,16 +313,17 @@ def shapley(scorer: Scorer, e: Evidence, values: dict[str, Tensor]) -> dict[str,
 
     `values` are the evidence's scores.
 
-    Exact Shapley values (Shapley 1953): they, "ordinary image" and what "feedback" changed, where
-    there was any, add up to the score. A group that is left out takes the value of the median
-    normal image. The fused score is a sum, in which a score's share is its own surprisal; only the
-    density of the statistics is a game, of four players.
+    Exact Shapley values (Shapley 1953) of the squared score, divided by the score: they, "ordinary
+    image" and what "feedback" changed, where there was any, add up to the score. A group that is left
+    out takes the value of the median normal image. The square is a sum, in which a score's share is
+    its own squared surprisal; only the density of the statistics is a game, of four players.
     """
     fusion, density = scorer.fusion, scorer.typicality
-    told = fusion.surprisals(experts_of(values))
+    told = fusion.surprisals(experts_of(values)).square()
     at_rest = torch.zeros_like(fusion.weights)  # the median normal; constant scores say nothing
     counted = fusion.quantiles.kept
-    at_rest[counted] = fusion.weights[counted] * surprisal(torch.zeros((), dtype=told.dtype))
+    resting = fusion.weights[counted] * surprisal(torch.zeros((), dtype=told.dtype))
+    at_rest[counted] = resting.square()
     z = density.quantiles(scorer.statistics(e, values["mahalanobis"]))
     kept = density.quantiles.kept.tolist()
     columns = {n: [i for i, k in enumerate(kept) if k in range(*s)] for n, s in GROUPS.items()}
@@ -334,8 +335,10 @@ def shapley(scorer: Scorer, e: Evidence, values: dict[str, Tensor]) -> dict[str,
     del shares["typicality"]
     shares |= {name: _share(name, game) for name in GROUPS}
     shares["ordinary image"] = game[frozenset()] + at_rest.sum() - at_rest[TYPICALITY]
+    length = told.sum(dim=1).sqrt()
+    shares = {name: share / length.clamp_min(1e-12) for name, share in shares.items()}
     if scorer.feedback.learned:
-        shares["feedback"] = values["fused"] - told.sum(dim=1)
+        shares["feedback"] = values["fused"] - length
     return shares
 
 
@@ -348,10 +351,10 @@ def _seen(z: Tensor, coalition: frozenset[str], columns: dict[str, list[int]]) -
 
 
 def _typicality_told(scorer: Scorer, values: dict[str, Tensor], typicality: Tensor) -> Tensor:
-    """The weighted surprisal (B,) of another typicality, the other scores as they are."""
+    """The squared weighted surprisal (B,) of another typicality, the other scores as they are."""
     experts = experts_of(values)
     experts[:, TYPICALITY] = typicality
-    return scorer.fusion.surprisals(experts)[:, TYPICALITY]
+    return scorer.fusion.surprisals(experts)[:, TYPICALITY].square()
 
 
 def _coalitions(players: tuple[str, ...]) -> list[frozenset[str]]:

@@ -1,7 +1,7 @@
 """Many statistics, one score: each to a normal quantile, a density over the vector, minus its log.
 
 Two-sided by nature: unusually low is as unusual as unusually high (DoSE, Morningstar et al. 2021).
-Scores with a direction come in one-sidedly and are added as surprisals (Fisher's method).
+Scores with a direction come in one-sidedly and are joined as surprisals.
 """
 
 from dataclasses import dataclass, replace
@@ -155,10 +155,11 @@ class TwoSided:
 
 @dataclass(frozen=True)
 class Fusion:
-    """Several scores with a direction into one: the weighted sum of their surprisals, nats.
+    """Several scores with a direction into one: the length of the vector of weighted surprisals, nats.
 
-    Fisher 1932, with weights. The scores need not be independent: the conformal p-value of the sum is
-    right all the same.
+    Between Fisher's sum (1932), which many small surprises move, and the greatest of them (Tippett
+    1931), which takes one score's word for all. The scores need not be independent: the conformal
+    p-value of the length is right all the same.
     """
 
     quantiles: QuantileMap  # of the scores
@@ -197,11 +198,13 @@ class Fusion:
     def trusting(self, found: Tensor, m: int) -> "Fusion":
         """The same with the first scores weighted by how well they found what they look for.
 
-        `found` (k,) of the first k scores, in [0, 1], measured on m images; shrunk to no change where
-        these are few.
+        `found` (k,) of the first k scores, in [0, 1], measured on m images. The others cannot see it:
+        they weigh the less, the better the best of the first does. Shrunk to no change where there
+        are few images.
         """
-        weights = self.weights.clone()
-        weights[: len(found)] *= 1 - m / (m + 5) * (1 - found.to(weights))
+        weights, share = self.weights.clone(), m / (m + 1)
+        weights[: len(found)] *= 1 - share * (1 - found.to(weights))
+        weights[len(found) :] *= 1 - share * float(found.max())
         return replace(self, weights=weights)
 
     def standing(self, experts: Tensor) -> Tensor:
@@ -215,7 +218,7 @@ class Fusion:
 
     def __call__(self, experts: Tensor) -> Tensor:
         """(B, K) -> (B,), nats."""
-        return self.surprisals(experts).sum(dim=1)
+        return self.surprisals(experts).norm(dim=1)
 
 
 def _spread(values: Tensor, kept: Tensor, columns: int) -> Tensor:

@@ -4,6 +4,7 @@ Higher is more anomalous. `reconstruction_map` is in squared intensity, `inspect
 the fitted maps are distances from what normal images show at the same place.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from math import log
@@ -21,7 +22,8 @@ RARITY_KNOTS = 65
 RARITY_STEP = log(1000) / (RARITY_KNOTS - 1)  # nats from knot to knot: the last is 1 place in 1000
 RARITY_TABLE = 2048
 RARITY_BEND = round(log(50) / RARITY_STEP)  # the knot that 1 place in 50 reaches
-ODDEST = 0.02  # share of the places that make a map's score
+SHARES = (0.005, 0.02, 0.05, 0.1)  # of the places: the mean over one of them is a map's score
+USUAL = SHARES.index(0.02)  # where nothing tells which is best
 
 
 def reconstruction_map(e: Evidence) -> Tensor:
@@ -41,13 +43,15 @@ def inspection(e: Evidence) -> Tensor:
     return smooth(e.inspection, max(e.x.shape[-1] / 64, 0.5))
 
 
-def oddest(maps: Tensor) -> Tensor:
-    """Mean over the most anomalous 2 % of the places of maps (B, H, W), one at least, (B,).
+def oddest(maps: Tensor, shares: Sequence[float] = SHARES) -> Tensor:
+    """Means over the most anomalous shares of the places of maps (B, H, W), (B, S), one at least.
 
     The maximum is the noise of one place; the more places, the less is seen of small defects.
     """
     flat = maps.flatten(1)
-    return flat.topk(max(1, round(ODDEST * flat.shape[1])), dim=1).values.mean(dim=1)
+    counts = torch.tensor([max(1, round(s * flat.shape[1])) for s in shares], device=maps.device)
+    highest = flat.topk(int(counts.max()), dim=1).values
+    return highest.cumsum(dim=1)[:, counts - 1] / counts
 
 
 def smooth(maps: Tensor, sigma: float) -> Tensor:

@@ -78,10 +78,11 @@ class Companion(nn.Module):
     def embed(self, x: Tensor) -> Tensor:
         """(B, 3, S, S) in [0, 1] -> (B, E)."""
         x = self.reduced(x)
-        h = (x - 0.5).to(_dtype(self))
+        h = _cast(x - 0.5, self)
         for stage in self.stem:
             h = stage(h)
-        return h.mean(dim=(2, 3)).float()
+        # Its gradient lies as the maps do in memory; that of `mean` does not, and is copied about.
+        return F.avg_pool2d(h, h.shape[-1]).flatten(1).float()
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Log-probabilities of the orders (B, 6) and of the turns (B, 4)."""
@@ -120,7 +121,7 @@ class Inspector(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Log-odds of a defect at each pixel, (B, S, S), of images (B, 3, S, S) in [0, 1]."""
-        h, maps = (x - 0.5).to(_dtype(self)), []
+        h, maps = _cast(x - 0.5, self), []
         for down in self.downs:
             h = down(h)
             maps.append(h)
@@ -164,7 +165,7 @@ class VAE(nn.Module):
     def encode(self, x: Tensor) -> tuple[Tensor, ...]:
         """Maps of every stage, fine to coarse, of images (B, 3, H, W) in [0, 1]."""
         maps = []
-        h = (x - 0.5).to(_dtype(self.stages))
+        h = _cast(x - 0.5, self.stages)
         for stage in self.stages:
             h = stage(h)
             maps.append(h)
@@ -172,14 +173,14 @@ class VAE(nn.Module):
 
     def posterior(self, top: Tensor) -> tuple[Tensor, Tensor]:
         """mu and logvar, (B, Z) each, from the coarsest map."""
-        flat = self.dropout(top.flatten(1)).to(self.to_mu.weight.dtype)
+        flat = _cast(self.dropout(top.permute(0, 2, 3, 1).flatten(1)), self.to_mu)
         return self.to_mu(flat), self.to_logvar(flat).clamp(*LOGVAR_RANGE)
 
     def decode(self, z: Tensor) -> Tensor:
         """Decoder mean (B, 3, H, W) in (0, 1) of latents (B, Z)."""
-        h = self.dropout(self.from_latent(z.to(self.from_latent.weight.dtype)))
-        h = h.unflatten(1, (-1, self.side, self.side))
-        h = self.ups(h).to(_dtype(self.to_pixels))
+        h = self.dropout(self.from_latent(_cast(z, self.from_latent)))
+        h = h.unflatten(1, (self.side, self.side, -1)).permute(0, 3, 1, 2)  # channels last
+        h = _cast(self.ups(h), self.to_pixels)
         recon: Tensor = self.to_pixels(h).float().sigmoid()
         return recon
 
@@ -234,9 +235,12 @@ def _fold(block: nn.Sequential) -> None:
             block[i + 1] = nn.Identity()
 
 
-def _dtype(module: nn.Module) -> torch.dtype:
-    """What the module computes in: the type of its first weights."""
-    return next(module.parameters()).dtype
+def _cast(h: Tensor, module: nn.Module) -> Tensor:
+    """In what the module computes in: the type of its first weights, or what autocast makes of it."""
+    kind = h.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return h  # there and back again would be two copies
+    return h.to(next(module.parameters()).dtype)
 
 
 def _verdicts(companion: Companion, x: Tensor) -> tuple[Tensor, Tensor]:

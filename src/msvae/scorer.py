@@ -6,6 +6,7 @@ what the fitted maps make of the very images they were fitted to (each left out 
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from math import log
 
 import numpy as np
@@ -25,6 +26,7 @@ from msvae.structure import StructureMap, local_statistics, thinning
 from msvae.tensors import to_device
 
 Batches = Callable[[], Iterable[Tensor]]  # each call goes over the training images once more
+Places = Callable[..., dict[str, Tensor]]  # the maps of an image's evidence
 Told = tuple[Tensor, Tensor]
 
 # What the fusion adds up: a two-sided density of the VAE's statistics, and scores with a direction.
@@ -50,7 +52,8 @@ class Scorer:
     residual: ResidualMap
     spatial: SpatialMap
     structure: StructureMap
-    rarity: Rarity  # of the values of each of `PLACES`
+    shares: Tensor  # (4,) of the places that make the score of each of `PLACES`
+    rarity: Rarity  # of the values of each of them
     bands: TwoSided
     complexity: TwoSided
     typicality: TwoSided
@@ -109,7 +112,7 @@ class Scorer:
             "kl": scores.kl(e),
             "elbo": scores.elbo(e, self.beta, self.variance),
             "spread": scores.spread(e),
-            **{name: maps.oddest(found[name]) for name in PLACES},
+            **self._oddest(found),
             "order": scores.order(e),
             "turn": scores.turn(e),
             "neighbours": self.neighbours(e),
@@ -122,6 +125,10 @@ class Scorer:
         out["typicality"] = self.typicality(statistics)
         out["fused"] = self.fusion(experts_of(out))
         return out, statistics
+
+    def _oddest(self, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        shares = zip(PLACES, self.shares.tolist(), strict=True)
+        return {name: maps.oddest(found[name], [share])[:, 0] for name, share in shares}
 
     def features(self, experts: Tensor, statistics: Tensor) -> Tensor:
         """What feedback weighs, (B, F): experts (B, 8) and statistics (B, 21) as deviations."""
@@ -180,14 +187,16 @@ def learn(
     residual = to_device(ResidualMap.fit(first.residual), device)
     spatial = to_device(SpatialMap.fit(first.local, first.mix), device)
     structure = to_device(StructureMap.fit(first["structure"]), device)
-    places, rarity = _measure_maps(model, batches, count, residual, spatial, structure)
+    places = partial(_places, residual=residual, spatial=spatial, structure=structure)
+    oddest, rarity = _measure_maps(model, batches, count, places)
+    best, apart = _told_apart(model, held, places)
     typicality = TwoSided.fit(statistics)
     experts = {
         "typicality": typicality.left_out(statistics),
         "order": first["order"],
         "turn": first["turn"],
         "neighbours": neighbours.to(first["direction"], skip=1),
-        **places,
+        **{name: oddest[:, i, best[i]] for i, name in enumerate(PLACES)},
     }
     fusion = _fuse({k: v.double() for k, v in experts.items()})
     count = len(fusion.quantiles.kept) + len(typicality.quantiles.kept)
@@ -201,6 +210,7 @@ def learn(
         residual=residual,
         spatial=spatial,
         structure=structure,
+        shares=torch.tensor(maps.SHARES, dtype=torch.float64)[best],
         rarity=rarity,
         bands=TwoSided.fit(statistics[:, RESIDUAL], components=1),
         complexity=TwoSided.fit(statistics[:, INPUT], components=1),
@@ -208,27 +218,33 @@ def learn(
         fusion=fusion,
         feedback=Feedback.none(count),
     ).on(device)
-    told = [scorer(model.evidence(x)) for x in held()]
-    others = torch.cat([experts_of(found) for found in told])
-    apart = _told_apart(model, scorer, held, others[:, : len(PLACES)])
-    fusion = scorer.fusion.corrected(others).trusting(apart, len(others))
+    others = torch.cat([experts_of(scorer(model.evidence(x))) for x in held()])
+    fusion = scorer.fusion.corrected(others)
+    if apart is not None:
+        fusion = fusion.trusting(apart, len(others))
     return replace(scorer, fusion=fusion)
 
 
-def _told_apart(model: VAE, scorer: Scorer, held: Batches, clean: Tensor) -> Tensor:
-    """How well the score of each of `PLACES` tells imagined defects from clean images, (4,), 0 to 1.
+def _told_apart(model: VAE, held: Batches, places: Places) -> tuple[Tensor, Tensor | None]:
+    """By which of `maps.SHARES` each of `PLACES` tells imagined defects from clean images best.
 
-    2 AUROC - 1 against the scores `clean` (m, 4) of the m held images: a map that is blind to
-    defects would only add its noise to the others.
+    (4,) indices; and how well by it, (4,), 2 AUROC - 1 from 0 to 1: a map that is blind to defects
+    would only add its noise to the others. Nothing is told by pictures in which no defect would show.
     """
-    spoilt = [
-        _oddest(scorer.places(model.inspected(x))).double() for x in _imagined(held, len(clean))
-    ]
-    if not spoilt:  # pictures in which no defect would show
-        return torch.ones(len(PLACES))
-    both = torch.cat([clean, *spoilt]).numpy()
+
+    def told(x: Tensor) -> Tensor:
+        return _oddest(places(model.inspected(x)))
+
+    clean = torch.cat([told(x) for x in held()])
+    spoilt = [told(x) for x in _imagined(held, len(clean))]
+    if not spoilt:
+        return torch.full((len(PLACES),), maps.USUAL), None
+    both = torch.cat([clean, *spoilt]).double()
     labels = (np.arange(len(both)) >= len(clean)).astype(np.int64)
-    return torch.tensor([max(0.0, 2 * auroc(labels, column) - 1) for column in both.T])
+    columns = both.flatten(1).T.numpy()
+    apart = torch.tensor([max(0.0, 2 * auroc(labels, c) - 1) for c in columns])
+    found, best = apart.view(len(PLACES), -1).max(dim=1)
+    return best, found
 
 
 def _imagined(held: Batches, count: int) -> Iterator[Tensor]:
@@ -271,7 +287,7 @@ def _places(
 
 
 def _oddest(found: Mapping[str, Tensor]) -> Tensor:
-    """The scores of the maps `PLACES`, (B, 4), on the CPU."""
+    """The scores of the maps `PLACES` by every one of `maps.SHARES`, (B, 4, S), on the CPU."""
     return torch.stack([maps.oddest(found[k]) for k in PLACES], dim=1).cpu()
 
 
@@ -333,27 +349,22 @@ class _Gathered:
 
 
 def _measure_maps(
-    model: VAE,
-    batches: Batches,
-    count: int,
-    residual: ResidualMap,
-    spatial: SpatialMap,
-    structure: StructureMap,
-) -> tuple[dict[str, Tensor], Rarity]:
-    """Scores (N,) of the fitted maps on the training images, and how rare their values are."""
+    model: VAE, batches: Batches, count: int, places: Places
+) -> tuple[Tensor, Rarity]:
+    """Scores (N, 4, S) of the fitted maps on the training images, and how rare their values are."""
     told: list[Tensor] = []
     values: list[Tensor] = []
     gen = torch.Generator().manual_seed(0)
     sampled = max(1, min(SAMPLED, SAMPLE // count))
     for x in batches():
         side = x.shape[-1]
-        found = _places(model.inspected(x), residual, spatial, structure, leave_out=True)
+        found = places(model.inspected(x), leave_out=True)
         together = torch.stack([found[k] for k in PLACES])
         told.append(_oddest(found))
         at = torch.randint(0, side * side, (len(x), sampled), generator=gen).to(x.device)
         drawn = together.flatten(2).gather(2, at.expand(len(PLACES), -1, -1))
         values.append(drawn.flatten(1).T.cpu())
-    return dict(zip(PLACES, torch.cat(told).T, strict=True)), Rarity.fit(torch.cat(values))
+    return torch.cat(told), Rarity.fit(torch.cat(values))
 
 
 def at_size(coarse: Tensor, side: int) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor
 from msvae.errors import RunError
 from msvae.files import as_csv, as_json, with_head, write_all, write_bytes, write_json
 
-FORMAT = 4
+FORMAT = 5
 CONFIG = "config.json"
 CHECKPOINT = "checkpoint.safetensors"
 REMEDY = "restore the folder from a copy, or fit it again"

@@ -36,8 +36,9 @@ LATEST = 50  # steps whose mean loss counts
 SURE = 0.5  # of a guess's loss of the turns: below it images show which way up they are
 ASKED = 512  # images that such questions are asked of, at most
 INSPECTOR_RATE = 2e-3
-# The inspector takes more steps in proportion to the pixels beyond 64 x 64, up to so many times.
-FINER = 4
+# Larger images show more to tell defects from: steps grow with the side beyond 64 px by this power,
+# up to so many times.
+FINER, FINEST = 2.3, 5
 
 
 @dataclass(frozen=True)
@@ -133,9 +134,9 @@ def inspection_loss(odds: Tensor, mask: Tensor) -> Tensor:
 
 
 def inspector_steps(config: Config) -> int:
-    """As many as the settings say at 64 px and below; larger images show more to tell defects from."""
-    finer = (config.model.image_size / 64) ** 2
-    return round(config.train.inspector_steps * min(max(finer, 1), FINER))
+    """As many as the settings say at 64 px and below, more for larger images."""
+    finer = max(config.model.image_size / 64, 1) ** FINER
+    return round(config.train.inspector_steps * min(finer, FINEST))
 
 
 def train_inspector(
