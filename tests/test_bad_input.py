@@ -360,9 +360,9 @@ def test_a_run_with_a_missing_file(name, run, made, msvae):
     [
         (None, "not a run"),
         ("", "cannot be read as a run's settings"),
-        ('{"format": 4', "cannot be read as a run's settings"),
+        ('{"format": 5', "cannot be read as a run's settings"),
         ("[]", "cannot be read as a run's settings"),
-        ('{"format": 4}', "cannot be read as a run's settings"),
+        ('{"format": 5}', "cannot be read as a run's settings"),
     ],
 )
 def test_a_run_with_torn_settings(text, reason, run, made, msvae):
@@ -375,9 +375,9 @@ def test_a_run_with_torn_settings(text, reason, run, made, msvae):
 
 def test_a_run_of_a_newer_format(run, made, msvae):
     """Refused with both versions, though its content may be of any form."""
-    (run / "config.json").write_text(json.dumps({"format": 5, "other": "things"}))
+    (run / "config.json").write_text(json.dumps({"format": 6, "other": "things"}))
     answer = msvae("score", run, made / "new" / "00.png")
-    refused(answer, "format 5", "reads 4", "update msvae")
+    refused(answer, "format 6", "reads 5", "update msvae")
 
 
 # The disk.

@@ -310,7 +310,8 @@ def test_maps_come_when_asked_for(loaded):
     for found in scan.maps.values():
         assert found.shape == (5, 32, 32)
         assert np.isfinite(found).all()
-    highest = np.sort(scan.maps["spatial"].reshape(5, -1))[:, -round(0.02 * 32 * 32) :]
+    places = round(loaded.scorer.shares[PLACES.index("spatial")].item() * 32 * 32)
+    highest = np.sort(scan.maps["spatial"].reshape(5, -1))[:, -places:]
     np.testing.assert_allclose(highest.mean(axis=1), scan.table.scores["spatial"], rtol=1e-5)
     mean = scan.maps["reconstruction"].mean(axis=(1, 2))
     np.testing.assert_allclose(mean, scan.table.scores["reconstruction"], rtol=1e-4)

@@ -252,14 +252,14 @@ def test_the_fused_score_is_the_length_of_the_surprisals():
 
 @pytest.mark.parametrize("images, share", [(0, 0), (1, 0.5), (4, 0.8), (10**9, 1)])
 def test_places_are_trusted_as_far_as_they_found_what_they_look_for(images, share):
-    """What found nothing loses the share m / (m + 1) of its weight.
+    """What found nothing keeps the square of 1 / (m + 1) of its weight.
 
     The others lose as much as the best of the places found.
     """
     fusion = Fusion.fit(ranks(0, 100, 4), WEIGHTS)
     weights = fusion.trusting(torch.tensor([0.0, 0.75]), images).weights
     rest = (1 - 0.75 * share) * WEIGHTS[2:]
-    wanted = [1 - share, 0.5 * (1 - 0.25 * share), *rest.tolist()]
+    wanted = [(1 - share) ** 2, 0.5 * (1 - 0.25 * share) ** 2, *rest.tolist()]
     assert weights.tolist() == pytest.approx(wanted, abs=1e-6)
 
 

@@ -60,7 +60,7 @@ def test_a_run_comes_back(folder):
     """Facts and tensors are those that were saved, and nothing lies about besides."""
     check(folder)
     facts = store.read_facts(folder)
-    assert (facts["decision"], facts["n"], facts["format"]) == ("old", 3, 4)
+    assert (facts["decision"], facts["n"], facts["format"]) == ("old", 3, 5)
     back = store.read_tensors(folder / "model.safetensors")
     assert all(torch.equal(v, back[k]) for k, v in tensors().items())
     assert {p.name for p in folder.iterdir()} == {*NAMES, "history.csv", "config.json"}
@@ -131,8 +131,8 @@ def test_the_history_may_grow(folder):
 def test_a_newer_format_is_refused(folder):
     """A run of a later msvae: both versions are named, and updating is the remedy."""
     facts = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(facts | {"format": 5}))
-    with pytest.raises(RunError, match=r"format 5.*reads 4: update msvae") as caught:
+    (folder / "config.json").write_text(json.dumps(facts | {"format": 6}))
+    with pytest.raises(RunError, match=r"format 6.*reads 5: update msvae") as caught:
         check(folder)
     assert str(folder) in str(caught.value)
     assert "\n" not in str(caught.value)

@@ -163,13 +163,15 @@ class Detector:
 
         size = batch_of(c.image_size)
         with ThreadPoolExecutor(decoders()) as pool:
+            # a thread would take longer to start than a single image to decode
+            spread = pool.map if len(sources) > 1 else map
             starts = range(0, len(sources), size)
             chunks = [range(s, min(s + size, len(sources))) for s in starts]
-            ahead = [pool.map(one, chunks[0])]
+            ahead = [spread(one, chunks[0])]
             ticks = iter(progress.track(range(len(sources)), "scoring", len(sources)))
             for i, chunk in enumerate(chunks):
                 if i + 1 < len(chunks):
-                    ahead.append(pool.map(one, chunks[i + 1]))
+                    ahead.append(spread(one, chunks[i + 1]))
                 good = []
                 for index, pixels in zip(chunk, ahead.pop(0), strict=True):
                     next(ticks, None)

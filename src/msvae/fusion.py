@@ -196,14 +196,14 @@ class Fusion:
         return replace(self, gap=gap, width=log_width.exp(), weights=weights)
 
     def trusting(self, found: Tensor, m: int) -> "Fusion":
-        """The same with the first scores weighted by how well they found what they look for.
+        """The same with the first scores weighted by how well they find what they look for, squared.
 
         `found` (k,) of the first k scores, in [0, 1], measured on m images. The others cannot see it:
         they weigh the less, the better the best of the first does. Shrunk to no change where there
         are few images.
         """
         weights, share = self.weights.clone(), m / (m + 1)
-        weights[: len(found)] *= 1 - share * (1 - found.to(weights))
+        weights[: len(found)] *= (1 - share * (1 - found.to(weights))).square()
         weights[len(found) :] *= 1 - share * float(found.max())
         return replace(self, weights=weights)
 

@@ -4,7 +4,6 @@ Higher is more anomalous. `reconstruction_map` is in squared intensity, `inspect
 the fitted maps are distances from what normal images show at the same place.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from math import log
@@ -43,15 +42,14 @@ def inspection(e: Evidence) -> Tensor:
     return smooth(e.inspection, max(e.x.shape[-1] / 64, 0.5))
 
 
-def oddest(maps: Tensor, shares: Sequence[float] = SHARES) -> Tensor:
-    """Means over the most anomalous shares of the places of maps (B, H, W), (B, S), one at least.
+def oddest(maps: Tensor, share: float) -> Tensor:
+    """Mean over the most anomalous `share` of the places of maps (B, H, W), one at least, (B,).
 
     The maximum is the noise of one place; the more places, the less is seen of small defects.
     """
     flat = maps.flatten(1)
-    counts = torch.tensor([max(1, round(s * flat.shape[1])) for s in shares], device=maps.device)
-    highest = flat.topk(int(counts.max()), dim=1).values
-    return highest.cumsum(dim=1)[:, counts - 1] / counts
+    count = max(1, round(share * flat.shape[1]))
+    return flat.topk(count, dim=1, sorted=False).values.mean(dim=1)
 
 
 def smooth(maps: Tensor, sigma: float) -> Tensor:

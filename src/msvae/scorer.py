@@ -82,11 +82,11 @@ class Scorer:
         return _places(e, self.residual, self.spatial, self.structure)
 
     def fused_map(self, found: Tensor) -> Tensor:
-        """Σ w² r of the maps (4, B, S, S), r how rare their values are, (B, S, S), nats.
+        """Σ w r of the maps (4, B, S, S), r how rare their values are, (B, S, S), nats.
 
         w as in the fusion: little where the training images do not tell what is ordinary.
         """
-        share = self.fusion.weights[: len(PLACES)].square().to(found)
+        share = self.fusion.weights[: len(PLACES)].to(found)
         told = (self.rarity(found) * share[:, None, None, None]).sum(dim=0)
         return maps.smooth(told, max(found.shape[-1] / 64, 0.5))
 
@@ -106,13 +106,14 @@ class Scorer:
     ) -> tuple[dict[str, Tensor], Tensor]:
         """Every score as if nothing had been taught, and the statistics (B, 21)."""
         found = self.maps(e) if found is None else found
+        shares = zip(PLACES, self.shares.tolist(), strict=True)
         plain = {
             "reconstruction": scores.reconstruction(e),
             "mahalanobis": self.mahalanobis(e),
             "kl": scores.kl(e),
             "elbo": scores.elbo(e, self.beta, self.variance),
             "spread": scores.spread(e),
-            **self._oddest(found),
+            **{name: maps.oddest(found[name], share) for name, share in shares},
             "order": scores.order(e),
             "turn": scores.turn(e),
             "neighbours": self.neighbours(e),
@@ -125,10 +126,6 @@ class Scorer:
         out["typicality"] = self.typicality(statistics)
         out["fused"] = self.fusion(experts_of(out))
         return out, statistics
-
-    def _oddest(self, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        shares = zip(PLACES, self.shares.tolist(), strict=True)
-        return {name: maps.oddest(found[name], [share])[:, 0] for name, share in shares}
 
     def features(self, experts: Tensor, statistics: Tensor) -> Tensor:
         """What feedback weighs, (B, F): experts (B, 8) and statistics (B, 21) as deviations."""
@@ -288,7 +285,8 @@ def _places(
 
 def _oddest(found: Mapping[str, Tensor]) -> Tensor:
     """The scores of the maps `PLACES` by every one of `maps.SHARES`, (B, 4, S), on the CPU."""
-    return torch.stack([maps.oddest(found[k]) for k in PLACES], dim=1).cpu()
+    told = [torch.stack([maps.oddest(found[k], s) for s in maps.SHARES], dim=1) for k in PLACES]
+    return torch.stack(told, dim=1).cpu()
 
 
 def _fuse(experts: dict[str, Tensor]) -> Fusion:

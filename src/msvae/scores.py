@@ -96,14 +96,13 @@ def _bands(image: Tensor) -> Tensor:
     return (both.flatten(1) + FLOOR).log()
 
 
-def residual_bands(e: Evidence) -> Tensor:
-    """Log energies of x - x̂ by band, luma and chroma, (B, 8)."""
-    return _bands(e.x - e.recon)
+def bands(e: Evidence) -> Tensor:
+    """Log energies by band, luma and chroma: of x - x̂, then of x itself, (B, 8 + 8).
 
-
-def input_bands(e: Evidence) -> Tensor:
-    """Log energies of x itself by band, luma and chroma, (B, 8): how busy the image is."""
-    return _bands(e.x - 0.5)
+    What the model left over, and how busy the image is.
+    """
+    both = _bands(torch.cat([e.x - e.recon, e.x - 0.5]))
+    return torch.cat(both.chunk(2), dim=1)
 
 
 def latent_shape(e: Evidence) -> Tensor:
@@ -173,7 +172,6 @@ class Neighbours:
 
 
 STATISTICS: dict[str, Callable[[Evidence], Tensor]] = {
-    "residual": residual_bands,
-    "complexity": input_bands,
+    "bands": bands,
     "latent": latent_shape,
 }

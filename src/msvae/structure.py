@@ -51,19 +51,15 @@ def local_statistics(x: Tensor) -> Tensor:
         ],
         dim=1,
     )
-    *bands, variance, colour, xx, yy, xy = (here @ (energies @ here.T)).unbind(dim=1)
+    *local, xx, yy, xy = (here @ (energies @ here.T)).unbind(dim=1)
     mean = (xx + yy) / 2
     spread = (((xx - yy) / 2).square() + xy.square() + 1e-12).sqrt()
-    out = [_log(band) for band in bands]
-    out += [4 * tone[:, at][:, :, at], _log(variance), _log(mean + spread), _log(mean - spread)]
-    out += [4 * t[:, at][:, :, at] for t in tints.unbind(dim=1)]
-    out += [_log(colour)]
-    out += [4 * _least(luma)[:, at][:, :, at], -4 * _least(-luma)[:, at][:, :, at]]
+    logs = torch.stack([*local, mean + spread, mean - spread], dim=1).clamp_min(0).add(FLOOR).log()
+    *bands, variance, colour, along, across = logs.unbind(dim=1)
+    planes = torch.stack([tone, *tints.unbind(dim=1), _least(luma), -_least(-luma)], dim=1)
+    tone, first, second, dark, bright = (4 * planes[:, :, at][..., at]).unbind(dim=1)
+    out = [*bands, tone, variance, along, across, first, second, colour, dark, bright]
     return torch.stack(out, dim=1)
-
-
-def _log(energy: Tensor) -> Tensor:
-    return (energy.clamp_min(0) + FLOOR).log()
 
 
 def _bands(luma: Tensor, side: int) -> list[Tensor]:
