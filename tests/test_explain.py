@@ -98,7 +98,7 @@ def told_by_scipy(fusion, row, values):
 def test_shapley_is_the_average_over_all_orders(detector, evidence):
     """Each share is the marginal contribution to the squared score, averaged over all orders of joining.
 
-    Divided by the score.
+    Divided by the score and that of the median normal image together.
     """
     scorer, fusion = detector.scorer, detector.scorer.fusion
     found = shapley(scorer, evidence, scorer(evidence))
@@ -125,6 +125,8 @@ def test_shapley_is_the_average_over_all_orders(detector, evidence):
     def worth(coalition):
         return sum(told(name, coalition) ** 2 for name in EXPERTS)
 
+    ordinary = np.sqrt(worth(frozenset()))
+    both = values["fused"] + ordinary
     players = [*(n for n in EXPERTS if n != "typicality"), *groups]
     for player in players:
         others = [n for n in players if n != player]
@@ -135,10 +137,7 @@ def test_shapley_is_the_average_over_all_orders(detector, evidence):
                 for before in combinations(others, size)
             ]
             value = value + np.mean(gains, axis=0) / len(players)
-        np.testing.assert_allclose(
-            found[player].numpy(), value / values["fused"], rtol=1e-3, atol=1e-4
-        )
-    ordinary = worth(frozenset()) / values["fused"]
+        np.testing.assert_allclose(found[player].numpy(), value / both, rtol=1e-3, atol=1e-4)
     np.testing.assert_allclose(found["ordinary image"].numpy(), ordinary, atol=1e-6)
 
 

@@ -1,4 +1,7 @@
-"""How far the maps are trusted: by how well their scores tell imagined defects from clean images."""
+"""How far the maps are trusted: by how well their scores tell imagined defects from clean images.
+
+And which share of their places makes the score.
+"""
 
 import numpy as np
 import pytest
@@ -6,20 +9,21 @@ import torch
 from sklearn.metrics import roc_auc_score
 
 from msvae import scorer
+from msvae.maps import SHARES, USUAL
 from msvae.scorer import PLACES
 
 OFFSETS = torch.tensor([0.1, 0.3, 0.15, 0.0])  # what is painted over the images of a batch of four
 CLEAN = torch.tensor([0.5, 0.6, 0.5, 0.7, 0.4])[:, None, None, None].expand(5, 3, 8, 8)
 
 
-class Eyes:
-    """Flat maps: of the picture's tone, of nothing, of its darkness, and of its tone in steps."""
+def flat_maps(x):
+    """Of the picture's tone, of nothing, of its darkness, and of its tone in steps.
 
-    def places(self, x):
-        """All values of a map are alike, so that its score is that value."""
-        tone = x.mean(dim=1)
-        steps = (4 * tone).round()
-        return dict(zip(PLACES, (tone, 0 * tone, -tone, steps), strict=True))
+    All values of a map are alike, so that its score is that value, whichever share makes it.
+    """
+    tone = x.mean(dim=1)
+    steps = (4 * tone).round()
+    return dict(zip(PLACES, (tone, 0 * tone, -tone, steps), strict=True))
 
 
 class Network:
@@ -50,8 +54,9 @@ def scores_of(images):
 
 def told_apart(batches):
     """What the scorer says of clean images in these batches."""
-    clean = torch.from_numpy(scores_of(torch.cat(batches)))
-    return scorer._told_apart(Network(), Eyes(), lambda: iter(batches), clean).tolist()
+    best, apart = scorer._told_apart(Network(), lambda: iter(batches), flat_maps)
+    assert best.tolist() == [USUAL] * 4
+    return apart if apart is None else apart.tolist()
 
 
 def test_trust_is_that_of_scikit_learns_auroc(monkeypatch):
@@ -86,7 +91,25 @@ def test_many_images_are_drawn_evenly_and_few_again_and_again(monkeypatch, imagi
     assert tones == list(range(0, 20, 20 * rounds // taken)) * rounds
 
 
-def test_where_no_defect_would_show_the_maps_keep_their_weight(monkeypatch):
-    """Nothing was measured, so nothing is taken away."""
+def test_where_no_defect_would_show_nothing_is_told(monkeypatch):
+    """Nothing was measured, so nothing can be chosen or taken away by it."""
     paint(monkeypatch, shown=False)
-    assert told_apart([CLEAN]) == [1, 1, 1, 1]
+    assert told_apart([CLEAN]) is None
+
+
+@pytest.mark.parametrize("covered, share", [(1, 0.005), (102, 0.1)])
+def test_the_share_is_the_one_that_tells_imagined_defects(monkeypatch, covered, share):
+    """The brightest place of a few alone tells a speck from noise; a faint blot is told by many."""
+    gen, side = torch.Generator().manual_seed(0), 32
+
+    def places(x):
+        noise = torch.rand(len(x), side**2, generator=gen)
+        if x.mean() > 1:
+            noise[:, :covered] = noise[:, :covered].clamp_min(1.1 if covered == 1 else 0.97)
+        return dict.fromkeys(PLACES, noise.view(-1, side, side))
+
+    monkeypatch.setattr(scorer, "_imagined", lambda *_: [2 + torch.zeros(80, 3, side, side)])
+    held = [torch.zeros(80, 3, side, side)]
+    best, apart = scorer._told_apart(Network(), lambda: held, places)
+    assert [SHARES[i] for i in best] == [share] * 4
+    assert (apart > 0.9).all()

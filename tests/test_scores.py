@@ -15,7 +15,8 @@ from msvae import scorer, scores, structure
 from msvae.compute import to_batch
 from msvae.config import Config
 from msvae.evidence import Evidence
-from msvae.maps import SHARES, USUAL, oddest
+from msvae.fusion import Fusion
+from msvae.maps import USUAL, oddest
 from msvae.model import VAE
 from msvae.scorer import PLACES, learn
 from msvae.scores import Mahalanobis, Neighbours
@@ -380,24 +381,6 @@ def test_a_share_is_one_place_at_least():
     assert oddest(values, 0.5).tolist() == [7.5]
 
 
-def test_the_share_is_the_one_that_tells_imagined_defects(monkeypatch, setting):
-    """Defects of a tenth of the picture, no higher than the noise of single places elsewhere."""
-    gen, side = torch.Generator().manual_seed(0), 32
-
-    def places(e):
-        noise = torch.rand(len(e.x), side, side, generator=gen)
-        marked = F.pad(torch.ones(len(e.x), 10, 10), (0, 22, 0, 22))
-        spoilt = noise.maximum(0.97 * marked) if e.x.mean() > 1 else noise
-        return dict.fromkeys(PLACES, spoilt)
-
-    bright = [2 + torch.zeros(40, 3, side, side)]
-    monkeypatch.setattr(scorer, "_imagined", lambda *_: bright)
-    held = [torch.zeros(40, 3, side, side)]
-    best, apart = scorer._told_apart(setting.model, lambda: held, places)
-    assert [SHARES[i] for i in best] == [0.1] * 4
-    assert (apart == 1).all()
-
-
 def test_maps_that_find_no_defect_lose_weight(monkeypatch, setting):
     """To the square of 1 / 9 for 8 held images; where they find all, the picture's scores to 1 / 9."""
     weights = []
@@ -411,11 +394,11 @@ def test_maps_that_find_no_defect_lose_weight(monkeypatch, setting):
 
 
 def test_pictures_in_which_no_defect_shows_change_no_weight(monkeypatch, setting):
-    """Nothing was told: every score keeps its weight, and a fiftieth of the places its say."""
+    """Nothing was told: no score is trusted more or less, and a fiftieth of the places has its say."""
     monkeypatch.setattr(scorer, "_imagined", lambda *_: [])
+    monkeypatch.setattr(Fusion, "trusting", lambda *_: pytest.fail("nothing was told"))
     untried = learned(setting.model, setting.train)
     assert untried.shares.tolist() == [0.02] * 4
-    assert (untried.fusion.weights[:3] > setting.scorer.fusion.weights[:3] - 1e-9).all()
 
 
 def test_the_fused_map_by_hand(setting, e):
@@ -446,7 +429,7 @@ def log_energies(image):
 def test_bands_by_numpy(e):
     """Energies by Laplacian band, luma and chroma, of the residual and of the image."""
     x, recon = e.x.numpy(), e.recon.numpy()
-    residual, image = scores.bands(e).chunk(2, dim=1)
+    residual, image = scores.band_energies(e).chunk(2, dim=1)
     close(residual, [log_energies(a - b) for a, b in zip(x, recon, strict=True)])
     close(image, [log_energies(a - 0.5) for a in x], rtol=1e-3)
 
@@ -457,7 +440,7 @@ def test_bands_miss_no_energy():
     grey = torch.rand(4, 1, 32, 32, generator=gen).expand(4, 3, 32, 32)
     blank = torch.zeros(4, 0)
     e = Evidence(grey, torch.zeros_like(grey), blank, blank, (), blank, blank[:, :, None], blank)
-    total = scores.bands(e)[:, :8:2].exp().sum(dim=1)
+    total = scores.band_energies(e)[:, :8:2].exp().sum(dim=1)
     close(total, grey.square().mean(dim=(1, 2, 3)))
 
 

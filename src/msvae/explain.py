@@ -313,10 +313,11 @@ def shapley(scorer: Scorer, e: Evidence, values: dict[str, Tensor]) -> dict[str,
 
     `values` are the evidence's scores.
 
-    Exact Shapley values (Shapley 1953) of the squared score, divided by the score: they, "ordinary
-    image" and what "feedback" changed, where there was any, add up to the score. A group that is left
-    out takes the value of the median normal image. The square is a sum, in which a score's share is
-    its own squared surprisal; only the density of the statistics is a game, of four players.
+    Exact Shapley values (Shapley 1953) of the squared score L², divided by L + R, where R is the
+    score of the median normal image ("ordinary image"): since (L² - R²) / (L + R) + R = L, they, R
+    and what "feedback" changed, where there was any, add up to the score. A group that is left out
+    takes the median's value. The square is a sum, in which a score's share is its own squared
+    surprisal; only the density of the statistics is a game, of four players.
     """
     fusion, density = scorer.fusion, scorer.typicality
     told = fusion.surprisals(experts_of(values)).square()
@@ -334,9 +335,11 @@ def shapley(scorer: Scorer, e: Evidence, values: dict[str, Tensor]) -> dict[str,
     shares = dict(zip(EXPERTS, (told - at_rest).T, strict=True))
     del shares["typicality"]
     shares |= {name: _share(name, game) for name in GROUPS}
-    shares["ordinary image"] = game[frozenset()] + at_rest.sum() - at_rest[TYPICALITY]
     length = told.sum(dim=1).sqrt()
-    shares = {name: share / length.clamp_min(1e-12) for name, share in shares.items()}
+    ordinary = (game[frozenset()] + at_rest.sum() - at_rest[TYPICALITY]).sqrt()
+    both = (length + ordinary).clamp_min(1e-12)
+    shares = {name: share / both for name, share in shares.items()}
+    shares["ordinary image"] = ordinary
     if scorer.feedback.learned:
         shares["feedback"] = values["fused"] - length
     return shares

@@ -332,7 +332,11 @@ def environment(device: torch.device) -> dict[str, Any]:
 def _train(
     model: VAE, parts: Parts, config: Config, folder: Path | None, resume: bool, progress: Progress
 ) -> State:
-    identity = {"config": settings.to_dict(config), "images": sorted(parts.train.digests)}
+    identity = {
+        "format": store.FORMAT,  # weights of another one may lie otherwise
+        "config": settings.to_dict(config),
+        "images": sorted(parts.train.digests),
+    }
     state = None
     if resume and folder is not None:
         state = _resumed(folder, identity)

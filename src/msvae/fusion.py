@@ -198,9 +198,9 @@ class Fusion:
     def trusting(self, found: Tensor, m: int) -> "Fusion":
         """The same with the first scores weighted by how well they find what they look for, squared.
 
-        `found` (k,) of the first k scores, in [0, 1], measured on m images. The others cannot see it:
-        they weigh the less, the better the best of the first does. Shrunk to no change where there
-        are few images.
+        `found` (k,) of the first k scores, in [0, 1], measured on m images. The others were not tried
+        on it: they weigh the less, the better the best of the first does. One image counts half,
+        m images m / (m + 1).
         """
         weights, share = self.weights.clone(), m / (m + 1)
         weights[: len(found)] *= (1 - share * (1 - found.to(weights))).square()

@@ -29,13 +29,13 @@ Batches = Callable[[], Iterable[Tensor]]  # each call goes over the training ima
 Places = Callable[..., dict[str, Tensor]]  # the maps of an image's evidence
 Told = tuple[Tensor, Tensor]
 
-# What the fusion adds up: a two-sided density of the VAE's statistics, and scores with a direction.
 PLACES = ("residual", "spatial", "structure", "inspection")  # maps: their oddest places
 DEVIATIONS = 8.0  # of a score or statistic, at most, where feedback weighs it
 IMAGINED = 160  # normal images on which defects are imagined to try the maps, at least
 FOURS = 4  # images of a batch are blurred in four ways
 SAMPLED = 128  # places of each training image that tell what values its maps have, at most
 SAMPLE = 1 << 20  # places of all of them together, at most
+# What the fusion joins: scores with a direction, and a two-sided density of the VAE's statistics.
 EXPERTS = (*PLACES, "typicality", "order", "turn", "neighbours")
 
 
@@ -84,10 +84,11 @@ class Scorer:
     def fused_map(self, found: Tensor) -> Tensor:
         """Σ w r of the maps (4, B, S, S), r how rare their values are, (B, S, S), nats.
 
-        w as in the fusion: little where the training images do not tell what is ordinary.
+        w as in the fusion: little where the training images do not tell what is ordinary, or where
+        imagined defects are not found.
         """
-        share = self.fusion.weights[: len(PLACES)].to(found)
-        told = (self.rarity(found) * share[:, None, None, None]).sum(dim=0)
+        weights = self.fusion.weights[: len(PLACES)].to(found)
+        told = (self.rarity(found) * weights[:, None, None, None]).sum(dim=0)
         return maps.smooth(told, max(found.shape[-1] / 64, 0.5))
 
     def __call__(self, e: Evidence, found: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
@@ -171,7 +172,7 @@ def learn(
 
     What is kept of each image is a few hundred numbers. `held` are the normal images of the stop
     part: they tell how much higher those score that were not trained on, and, with imagined defects
-    painted on them, how far each map is to be trusted.
+    painted on them, which share of its places makes a map's score and how far it is to be trusted.
     """
     device = next(model.parameters()).device
     first = _Gathered(model, batches, count)
@@ -240,8 +241,10 @@ def _told_apart(model: VAE, held: Batches, places: Places) -> tuple[Tensor, Tens
     labels = (np.arange(len(both)) >= len(clean)).astype(np.int64)
     columns = both.flatten(1).T.numpy()
     apart = torch.tensor([max(0.0, 2 * auroc(labels, c) - 1) for c in columns])
-    found, best = apart.view(len(PLACES), -1).max(dim=1)
-    return best, found
+    table = apart.view(len(PLACES), -1)
+    found, best = table.max(dim=1)
+    usual = torch.full_like(best, maps.USUAL)  # unless another is better
+    return torch.where(table[:, maps.USUAL] < found, best, usual), found
 
 
 def _imagined(held: Batches, count: int) -> Iterator[Tensor]:

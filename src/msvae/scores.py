@@ -2,7 +2,7 @@
 
 A score is higher the more anomalous the image is. A statistic has no direction: the fusion reads
 it two-sidedly. A score that needs normal images first is a frozen dataclass with `fit`; the others
-are plain functions. To add one: write the function, its line in `Scorer.__call__`, and its words
+are plain functions. To add one: write the function, its line in `Scorer._read`, and its words
 in `wording.ABOUT` and `wording.EXTREMES`.
 """
 
@@ -96,7 +96,7 @@ def _bands(image: Tensor) -> Tensor:
     return (both.flatten(1) + FLOOR).log()
 
 
-def bands(e: Evidence) -> Tensor:
+def band_energies(e: Evidence) -> Tensor:
     """Log energies by band, luma and chroma: of x - x̂, then of x itself, (B, 8 + 8).
 
     What the model left over, and how busy the image is.
@@ -172,6 +172,6 @@ class Neighbours:
 
 
 STATISTICS: dict[str, Callable[[Evidence], Tensor]] = {
-    "bands": bands,
+    "bands": band_energies,
     "latent": latent_shape,
 }

@@ -38,7 +38,7 @@ ASKED = 512  # images that such questions are asked of, at most
 INSPECTOR_RATE = 2e-3
 # Larger images show more to tell defects from: steps grow with the side beyond 64 px by this power,
 # up to so many times.
-FINER, FINEST = 2.3, 5
+FINER, AT_MOST = 2.3, 5
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ def inspection_loss(odds: Tensor, mask: Tensor) -> Tensor:
 def inspector_steps(config: Config) -> int:
     """As many as the settings say at 64 px and below, more for larger images."""
     finer = max(config.model.image_size / 64, 1) ** FINER
-    return round(config.train.inspector_steps * min(finer, FINEST))
+    return round(config.train.inspector_steps * min(finer, AT_MOST))
 
 
 def train_inspector(
