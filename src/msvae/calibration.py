@@ -19,9 +19,12 @@ Floats = NDArray[np.float64]
 
 def conformal_p(scores: Floats, reference: Floats) -> Floats:
     """(1 + #{reference >= score}) / (n + 1) of each score, (N,), in (0, 1]."""
-    ordered = np.sort(reference)
-    above = len(ordered) - np.searchsorted(ordered, scores, side="left")
-    return np.asarray((1.0 + above) / (len(ordered) + 1.0), dtype=np.float64)
+    if len(scores) == 1:  # sorted for one score, the references would take longer than all else
+        above = np.count_nonzero(reference >= scores, keepdims=True)
+    else:
+        ordered = np.sort(reference)
+        above = len(ordered) - np.searchsorted(ordered, scores, side="left")
+    return np.asarray((1.0 + above) / (len(reference) + 1.0), dtype=np.float64)
 
 
 def needed(rate: float) -> int:
