@@ -58,6 +58,11 @@ def test_figures_of_a_table(value, text):
 def test_figures_of_fewer_decimals():
     """As many as asked for."""
     assert (number(0.12345, 1), number(3.14159, 2), number(31.4159, 2)) == ("0.1", "3.14", "31.4")
+    assert (number(0.0043, 2), number(-0.0043, 2), number(0.0043, 3)) == (
+        "0.0043",
+        "-0.0043",
+        "0.004",
+    )
 
 
 @given(st.floats(-9e4, 9e4).filter(lambda v: abs(v) > 1e-3))

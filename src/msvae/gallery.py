@@ -302,5 +302,5 @@ def readable(value: float | str | None, digits: int = 3) -> str:
 
 def signed(value: float) -> str:
     """A share of the fused score with its sign; what is less than half a hundredth is none."""
-    text = readable(value if abs(value) >= 0.005 else 0.0, 2)
+    text = readable(round(value, 2) or 0.0, 2)
     return text if text.startswith("−") else f"+{text}"

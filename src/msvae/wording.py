@@ -95,12 +95,15 @@ def tail(name: str) -> str:
 
 
 def number(value: float | str | None, digits: int = 3) -> str:
-    """A figure for a table: `digits` decimals, fewer where it is large, a dash for none."""
+    """A figure for a table: `digits` decimals, fewer where it is large, two digits where they show none.
+
+    A dash for none.
+    """
     if isinstance(value, str):
         return value
     if value is None or not math.isfinite(value):
         return "–"
-    if value and not 1e-3 <= abs(value) < 1e5:
+    if value and not 10.0**-digits <= abs(value) < 1e5:
         return f"{value:.2g}"
     rounded = f"{abs(value):.{digits}f}"  # before the digits are counted: 999.96 has four of them
     large = len(rounded.split(".")[0]) - 1
