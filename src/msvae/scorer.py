@@ -4,6 +4,7 @@ Two passes over the training images: the first gathers moments and statistics, t
 what the fitted maps make of the very images they were fitted to (each left out of its own fit).
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -313,14 +314,15 @@ class _Gathered:
     """What the first pass over the training images keeps of each, and of every place."""
 
     def __init__(self, model: VAE, batches: Batches, count: int) -> None:
-        rows: dict[str, list[Tensor]] = {}
-        seen, step = 0, thinning(count)
+        step = thinning(count)
+        rows = defaultdict(partial(_Rows, count), structure=_Rows(-(-count // step)))
+        seen = 0
         for i, x in enumerate(batches()):
             e = model.evidence(x)
             for name, value in self._of(e).items():
-                rows.setdefault(name, []).append(value.cpu())
+                rows[name].add(value)
             kept = x[-seen % step :: step]
-            rows.setdefault("structure", []).append(local_statistics(kept).cpu())
+            rows["structure"].add(local_statistics(kept))
             seen += len(x)
             raw = ResidualMap.raw(e).flatten(1)[:, :, None]
             if i == 0:
@@ -332,7 +334,7 @@ class _Gathered:
             self.local[i % 2].add(local[::2])
             self.local[1 - i % 2].add(local[1::2])
             self.residual.add(raw)
-        self.rows = {name: torch.cat(parts) for name, parts in rows.items()}
+        self.rows = {name: each.all for name, each in rows.items()}
 
     def __getitem__(self, name: str) -> Tensor:
         return self.rows[name]
@@ -349,23 +351,41 @@ class _Gathered:
         }
 
 
+class _Rows:
+    """`count` rows on the CPU, filled in batch by batch.
+
+    All of them are laid out at the first: small tensors, kept while large ones come and go beside
+    them, would split the memory up.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.count, self.filled = count, 0
+        self.all = torch.empty(0)
+
+    def add(self, rows: Tensor) -> None:
+        """The next rows (B, ...)."""
+        if not self.filled:
+            self.all = torch.empty((self.count, *rows.shape[1:]), dtype=rows.dtype)
+        self.all[self.filled : self.filled + len(rows)] = rows
+        self.filled += len(rows)
+
+
 def _measure_maps(
     model: VAE, batches: Batches, count: int, places: Places
 ) -> tuple[Tensor, Rarity]:
     """Scores (N, 4, S) of the fitted maps on the training images, and how rare their values are."""
-    told: list[Tensor] = []
-    values: list[Tensor] = []
     gen = torch.Generator().manual_seed(0)
     sampled = max(1, min(SAMPLED, SAMPLE // count))
+    told, values = _Rows(count), _Rows(count * sampled)
     for x in batches():
         side = x.shape[-1]
         found = places(model.inspected(x), leave_out=True)
         together = torch.stack([found[k] for k in PLACES])
-        told.append(_oddest(found))
+        told.add(_oddest(found))
         at = torch.randint(0, side * side, (len(x), sampled), generator=gen).to(x.device)
         drawn = together.flatten(2).gather(2, at.expand(len(PLACES), -1, -1))
-        values.append(drawn.flatten(1).T.cpu())
-    return torch.cat(told), Rarity.fit(torch.cat(values))
+        values.add(drawn.flatten(1).T)
+    return told.all, Rarity.fit(values.all)
 
 
 def at_size(coarse: Tensor, side: int) -> Tensor:

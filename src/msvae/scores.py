@@ -163,8 +163,12 @@ class Neighbours:
     def to(self, features: Tensor, skip: int = 0) -> Tensor:
         """Distances (B,) of directions (B, E); `skip=1` passes over the image itself in the bank."""
         k = min(NEIGHBOURS + skip, len(self.bank))
-        near = torch.cat([(q @ self.bank.T).topk(k, dim=1).values for q in features.split(QUERIES)])
-        return 1 - near[:, min(skip, k - 1) :].mean(dim=1)
+        out = features.new_empty(len(features))  # small parts kept would split the memory up
+        for at in range(0, len(features), QUERIES):
+            some = slice(at, at + QUERIES)
+            near = (features[some] @ self.bank.T).topk(k, dim=1).values
+            out[some] = 1 - near[:, min(skip, k - 1) :].mean(dim=1)
+        return out
 
     def __call__(self, e: Evidence) -> Tensor:
         """(B,), in [0, 2]."""
