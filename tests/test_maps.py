@@ -234,7 +234,7 @@ def test_spatial_map_finds_the_place():
 def test_local_features_are_stacked_at_a_quarter_of_the_side():
     """Finer maps are averaged over their block, coarser ones come in between by bilinear."""
     e = evidence(n=2, side=32, channels=(2, 3, 4, 5))  # maps of 32, 16, 8 and 4 px
-    stacked = SpatialMap.stack(e).numpy()
+    stacked = SpatialMap.local(e, torch.eye(9)).mT.unflatten(2, (8, 8)).numpy()
     assert stacked.shape == (2, 9, 8, 8)  # the fourth is left out
     blocks = e.features[0].numpy().reshape(2, 2, 8, 4, 8, 4).mean(axis=(3, 5))
     close(stacked[:, :2], blocks)
@@ -242,7 +242,7 @@ def test_local_features_are_stacked_at_a_quarter_of_the_side():
     few = evidence(n=1, side=32, channels=(2,))
     coarse = few._replace(features=(rand(1, 2, 4, 4),))
     wanted = [resize(c, (8, 8), order=1, mode="edge") for c in coarse.features[0][0].numpy()]
-    close(SpatialMap.stack(coarse)[0], wanted)
+    close(SpatialMap.local(coarse, torch.eye(2)).mT.unflatten(2, (8, 8))[0], wanted)
 
 
 @pytest.mark.parametrize("channels, kept", [(3, 3), (64, 64), (100, 64)])

@@ -7,6 +7,7 @@ from torch.nn import functional as F
 
 from msvae.config import PRESETS, Config, preset
 from msvae.model import LOGVAR_RANGE, ORDERS, SHOWN, TURNS, VAE
+from msvae.packed import Packed, can_pack
 from msvae.teach import inspection_loss, pretext_loss
 from msvae.train import losses
 
@@ -230,6 +231,27 @@ def test_the_frozen_model_computes_the_same(side):
         for a, b in zip(value, getattr(theirs, name), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4, msg=name)
     assert all(v.equal(before[k]) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize("batch_norm", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_convolutions_compute_what_they_were_made_of(dtype, batch_norm, monkeypatch):
+    """Where oneDNN has no operations for it they stay as they are: the same within rounding."""
+    if not can_pack(torch.device("cpu")):
+        pytest.skip("this torch has no oneDNN")
+    model, x = built(image_size=32, batch_norm=batch_norm), images(3, 32)
+    packed = model.frozen(dtype)
+    monkeypatch.setattr("msvae.model.can_pack", lambda device: False)
+    plain = model.frozen(dtype)
+    count = {m: sum(isinstance(p, Packed) for p in m.modules()) for m in (packed, plain)}
+    assert count[packed] == sum(isinstance(m, torch.nn.SiLU) for m in model.modules())
+    assert count[plain] == 0
+    with torch.inference_mode():
+        ours, theirs = packed.evidence(x), plain.evidence(x)
+    room = 1e-4 if dtype == torch.float32 else 0.02
+    for name in ("recon", "mu", "logvar", "embedding", "inspection", "pretext"):
+        a, b = getattr(ours, name), getattr(theirs, name)
+        assert (a - b).abs().max() <= room * (b.abs().max() + b.std()), name
 
 
 def test_the_frozen_model_in_bfloat16_is_near():

@@ -5,6 +5,7 @@ import pytest
 import torch
 from scipy import ndimage
 
+from msvae import structure
 from msvae.structure import (
     ALIKE,
     BANK,
@@ -125,9 +126,12 @@ def distances_by_loops(bank, queries, skip_self=False):
     return out
 
 
+@pytest.mark.parametrize("low", [False, True], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("leave_out", [False, True])
-def test_distances_are_those_of_the_nearest_place_of_an_alike_image(leave_out):
+def test_distances_are_those_of_the_nearest_place_of_an_alike_image(leave_out, low, monkeypatch):
     """By brute force: the ten most alike images, all their places, the nearest of them."""
+    monkeypatch.setattr(structure, "MANY", 1)
+    monkeypatch.setattr(structure, "low_pays", lambda device: low)
     bank = local_statistics(textures(24, 0, 32)).double()
     queries = bank if leave_out else local_statistics(textures(4, 9, 32)).double()
     expected = distances_by_loops(bank.numpy(), queries.numpy(), skip_self=leave_out)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from msvae.config import TrainConfig
 from msvae.data.images import Pixels
+from msvae.precision import low_pays
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -29,16 +30,9 @@ def choose_device() -> torch.device:
 
 
 def compute_type(config: TrainConfig, device: torch.device) -> torch.dtype:
-    """bfloat16 on GPUs and on CPUs that have instructions for it, unless the settings say otherwise.
-
-    On a CPU without them it is emulated, which is slower than float32.
-    """
-    if config.precision == "auto" and device.type == "cpu":
-        capabilities = torch.cpu.get_capabilities()
-        pays = bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
-    else:
-        pays = config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
-    return torch.bfloat16 if pays else torch.float32
+    """bfloat16 where it pays, unless the settings say otherwise."""
+    low = low_pays(device) if config.precision == "auto" else config.precision == "bf16"
+    return torch.bfloat16 if low else torch.float32
 
 
 def autocast(config: TrainConfig, device: torch.device) -> torch.autocast:

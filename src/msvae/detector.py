@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from msvae import explain, references, store
+from msvae.beside import spread
 from msvae.calibration import Calibration, Decision, needed, rank
 from msvae.compute import batch_of, choose_device, compute_type, in_parallel, to_batch
 from msvae.config import Config, from_dict
@@ -261,16 +262,18 @@ def run(
     scores: dict[str, array[float]] = {}
     maps: dict[str, Spool] = {}
 
+    drawing = with_maps or each is not None
+
     @torch.inference_mode()
     def work(pixels: Pixels) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        e = model.evidence(to_batch(pixels, device))
-        found = scorer.maps(e)
-        return scorer(e, found), found
+        with spread(len(pixels), device):
+            e, found = scorer.seen(model, to_batch(pixels, device), drawing)
+            return scorer(e, found), found if drawing else {}
 
     for told, found in in_parallel(work, batches, device):
         for name, value in told.items():
             scores.setdefault(name, array("d")).frombytes(value.numpy().tobytes())
-        if not with_maps and each is None:
+        if not drawing:
             continue
         arrays = {name: value.cpu().numpy() for name, value in found.items()}
         if each is not None:

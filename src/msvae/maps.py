@@ -23,6 +23,12 @@ RARITY_TABLE = 2048
 RARITY_BEND = round(log(50) / RARITY_STEP)  # the knot that 1 place in 50 reaches
 SHARES = (0.005, 0.02, 0.05, 0.1)  # of the places: the mean over one of them is a map's score
 USUAL = SHARES.index(0.02)  # where nothing tells which is best
+OPPONENT = ((1 / 3, 1 / 3, 1 / 3), (1.0, -1.0, 0.0), (0.5, 0.5, -1.0))
+
+
+def opponent(x: Tensor) -> Tensor:
+    """Luma, red - green, yellow - blue of images (B, 3, H, W): the same shape, planes in memory."""
+    return (x.new_tensor(OPPONENT) @ x.flatten(2)).view(x.shape)
 
 
 def reconstruction_map(e: Evidence) -> Tensor:
@@ -235,15 +241,21 @@ class SpatialMap:
         return torch.linalg.qr(square)[0][:, :SPATIAL_CHANNELS].float().contiguous()
 
     @staticmethod
-    def stack(e: Evidence) -> Tensor:
-        """The three finest maps beside each other at a quarter of the side, (B, C, h, w)."""
-        side = max(e.x.shape[-1] // 4, 2)
-        return torch.cat([_to_side(f, side).float() for f in e.features[:3]], dim=1)
+    def local(e: Evidence, mix: Tensor) -> Tensor:
+        """Local feature vectors (B, L, D) at L = h·w places, h a quarter of the side.
 
-    @classmethod
-    def local(cls, e: Evidence, mix: Tensor) -> Tensor:
-        """Local feature vectors (B, L, D), L = h·w places."""
-        return cls.stack(e).flatten(2).transpose(1, 2) @ mix
+        The three finest maps beside each other at that size, mixed by `mix`. Mixing and resizing
+        are both linear: what comes first changes nothing, and so it is what makes less of them.
+        """
+        side, found = max(e.x.shape[-1] // 4, 2), e.features[:3]
+        out = e.x.new_zeros(())
+        for f, part in zip(found, mix.split([f.shape[1] for f in found]), strict=True):
+            small = F.adaptive_avg_pool2d(f, side) if f.shape[-1] > side else f
+            mixed = small.permute(0, 2, 3, 1).to(mix.dtype) @ part
+            if mixed.shape[1] < side:
+                mixed = _wide(mixed, side)
+            out = out + mixed
+        return out.flatten(1, 2)
 
     @classmethod
     def fit(cls, halves: tuple[Moments, Moments], mix: Tensor) -> "SpatialMap":
@@ -266,10 +278,11 @@ class SpatialMap:
         return (d / v.shape[2] + FLOOR).sqrt().unflatten(1, (side, side))
 
 
-def _to_side(features: Tensor, side: int) -> Tensor:
-    if features.shape[-1] >= side:
-        return F.adaptive_avg_pool2d(features, side)
-    return F.interpolate(features, size=(side, side), mode="bilinear", align_corners=False)
+def _wide(vectors: Tensor, side: int) -> Tensor:
+    """Vectors (B, h, w, D) at S x S places, bilinear."""
+    planes = vectors.permute(0, 3, 1, 2)
+    wide = F.interpolate(planes, size=(side, side), mode="bilinear", align_corners=False)
+    return wide.permute(0, 2, 3, 1)
 
 
 def _shrunk(cov: Tensor, shrinkage: float) -> Tensor:

@@ -15,12 +15,15 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from msvae.config import ModelConfig
 from msvae.evidence import Evidence
+from msvae.packed import can_pack, pack
 
 ORDERS = tuple(permutations(range(3)))  # ORDERS[0] leaves the channels as they are
 TURNS = (0, 1, 2, 3)  # quarter turns
 # How an image is shown to the companion when it is scored, (order, turn) each: as it is, and upside
 # down with its channels moved on by one. All 24 ways rank no better (LOG.md).
 SHOWN = ((0, 0), (4, 2))
+
+Verdicts = tuple[Tensor, Tensor]  # embedding (B, E), -log p of the true orders and turns (B, 2 T)
 
 LOGVAR_RANGE = (-12.0, 8.0)
 EXACT = ("to_mu", "to_logvar", "to_pixels.0", "companion.head")  # layers kept in float32
@@ -201,11 +204,11 @@ class VAE(nn.Module):
 
     def evidence(self, x: Tensor) -> Evidence:
         """All that the scores read: the VAE's pass, the inspector's and the companion's verdicts."""
-        e = self.inspected(x)
-        if self.companion is None:
-            return e
-        embedding, pretext = _verdicts(self.companion, x)
-        return e._replace(embedding=embedding, pretext=pretext)
+        return judged(self.inspected(x), self.verdicts(x))
+
+    def verdicts(self, x: Tensor) -> Verdicts | None:
+        """What the companion says of images; nothing without one."""
+        return None if self.companion is None else _verdicts(self.companion, x)
 
     def frozen(self, dtype: torch.dtype) -> "VAE":
         """A copy for scoring, in `dtype`: batch norms folded into their convolutions, no gradients.
@@ -213,12 +216,24 @@ class VAE(nn.Module):
         What becomes a number at once (latents, log-probabilities) stays in float32.
         """
         copy = deepcopy(self).eval().requires_grad_(False)
-        for block in [m for m in copy.modules() if isinstance(m, nn.Sequential)]:
+        blocks = [m for m in copy.modules() if isinstance(m, nn.Sequential)]
+        for block in blocks:
             _fold(block)
         for name, part in copy.named_modules():
             if isinstance(part, nn.Conv2d | nn.ConvTranspose2d | nn.Linear) and name not in EXACT:
                 part.to(dtype)
-        return copy.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        copy = copy.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if can_pack(next(copy.parameters()).device):
+            for block in blocks:
+                pack(block)
+        return copy
+
+
+def judged(e: Evidence, verdicts: Verdicts | None) -> Evidence:
+    """The evidence with the companion's verdicts, if there are any."""
+    if verdicts is None:
+        return e
+    return e._replace(embedding=verdicts[0], pretext=verdicts[1])
 
 
 def of_autoencoder(name: str) -> bool:
@@ -243,7 +258,7 @@ def _cast(h: Tensor, module: nn.Module) -> Tensor:
     return h.to(next(module.parameters()).dtype)
 
 
-def _verdicts(companion: Companion, x: Tensor) -> tuple[Tensor, Tensor]:
+def _verdicts(companion: Companion, x: Tensor) -> Verdicts:
     """The embedding (B, E) of the untouched image, and -log p of the orders and turns `SHOWN`.
 
     (B, 2 + 2), nats.

@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 
 from msvae import maps, scores
+from msvae.beside import ahead
 from msvae.evidence import Evidence
 from msvae.feedback import Feedback
 from msvae.fusion import Fusion, TwoSided
 from msvae.imagine import Imagination, coloured
 from msvae.maps import Moments, Rarity, ResidualMap, SpatialMap
 from msvae.metrics import auroc
-from msvae.model import ORDERS, TURNS, VAE
+from msvae.model import ORDERS, TURNS, VAE, judged
 from msvae.scores import Mahalanobis, Neighbours
 from msvae.structure import StructureMap, local_statistics, thinning
 from msvae.tensors import to_device
@@ -74,13 +75,27 @@ class Scorer:
 
     def maps(self, e: Evidence) -> dict[str, Tensor]:
         """Every map at the model's resolution, (B, H, W)."""
-        found = self.places(e)
+        return self._drawn(e, self.places(e))
+
+    def _drawn(self, e: Evidence, found: dict[str, Tensor]) -> dict[str, Tensor]:
+        """`places` with the maps that are only looked at."""
         fused = self.fused_map(torch.stack([found[k] for k in PLACES]))
         return {"reconstruction": maps.reconstruction_map(e), **found, "fused": fused}
 
     def places(self, e: Evidence) -> dict[str, Tensor]:
         """The maps that are fused, (B, H, W) each."""
         return _places(e, self.residual, self.spatial, self.structure)
+
+    def seen(self, model: VAE, x: Tensor, drawing: bool) -> tuple[Evidence, dict[str, Tensor]]:
+        """The evidence of images and their `places`, or all `maps` for `drawing`.
+
+        What does not wait for anything else is computed `ahead`.
+        """
+        verdicts = ahead(partial(model.verdicts, x))
+        structure = ahead(partial(self.structure, x))
+        e = model.inspected(x)
+        found = _places(e, self.residual, self.spatial, lambda *_: structure())
+        return judged(e, verdicts()), self._drawn(e, found) if drawing else found
 
     def fused_map(self, found: Tensor) -> Tensor:
         """Σ w r of the maps (4, B, S, S), r how rare their values are, (B, S, S), nats.
@@ -95,7 +110,7 @@ class Scorer:
     def __call__(self, e: Evidence, found: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
         """Every score, (B,) each, on the CPU in double precision; `fused` last.
 
-        `found` are the evidence's `maps`, where the caller has them already.
+        `found` are the evidence's `places`, or all its `maps`, where the caller has them already.
         """
         out, statistics = self._read(e, found)
         if self.feedback.learned:  # otherwise its features would be read for nothing
@@ -107,7 +122,7 @@ class Scorer:
         self, e: Evidence, found: dict[str, Tensor] | None = None
     ) -> tuple[dict[str, Tensor], Tensor]:
         """Every score as if nothing had been taught, and the statistics (B, 21)."""
-        found = self.maps(e) if found is None else found
+        found = self.places(e) if found is None else found
         shares = zip(PLACES, self.shares.tolist(), strict=True)
         plain = {
             "reconstruction": scores.reconstruction(e),
@@ -274,7 +289,7 @@ def _places(
     e: Evidence,
     residual: ResidualMap,
     spatial: SpatialMap,
-    structure: StructureMap,
+    structure: Callable[[Tensor, bool], Tensor],
     leave_out: bool = False,
 ) -> dict[str, Tensor]:
     """The maps `PLACES`, (B, S, S) each; `leave_out` for the images that they were fitted to."""
@@ -282,8 +297,8 @@ def _places(
     return {
         "residual": residual(e),
         "spatial": at_size(spatial(e, leave_out), side),
-        "structure": at_size(structure(e.x, leave_out), side),
         "inspection": maps.inspection(e),
+        "structure": at_size(structure(e.x, leave_out), side),
     }
 
 
@@ -326,7 +341,9 @@ class _Gathered:
             seen += len(x)
             raw = ResidualMap.raw(e).flatten(1)[:, :, None]
             if i == 0:
-                self.mix = SpatialMap.projection(SpatialMap.stack(e).shape[1]).to(x.device)
+                self.mix = SpatialMap.projection(sum(f.shape[1] for f in e.features[:3])).to(
+                    x.device
+                )
                 self.residual = Moments(raw.mean(dim=0))
                 middle = SpatialMap.local(e, self.mix).mean(dim=0)
                 self.local = (Moments(middle), Moments(middle))

@@ -8,12 +8,14 @@ statistics instead of pretrained features). So one model can hold several materi
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from msvae.maps import blurring, smooth
+from msvae.maps import blurring, opponent, smooth
+from msvae.precision import low_pays
 
 BANDS = 3
 ALIKE = 10  # normal images that a picture is compared with
@@ -23,6 +25,8 @@ WINDOW = 1 / 64  # standard deviation of the window, as a share of the side
 FLOOR = 1e-5  # squared intensity: below it is the noise of 8 bits
 RIDGE = 0.05
 BLOCK = 1 << 19  # distances computed at a time
+MANY = 512  # places: with fewer of them bfloat16 gains nothing
+TILE = 16  # columns that are multiplied at a time
 SELF = 1e-3  # two pictures that are alike to this are the same one
 
 
@@ -34,9 +38,8 @@ def local_statistics(x: Tensor) -> Tensor:
     """
     side = x.shape[-1]
     window = max(WINDOW * side, 0.7)
-    red, green, blue = x.unbind(dim=1)
-    luma = (red + green + blue) / 3
-    chroma = torch.stack([red - green, (red + green) / 2 - blue], dim=1)
+    colours = opponent(x)
+    luma, chroma = colours[:, 0].contiguous(), colours[:, 1:]
     grid = min(max(side // 4, 2), GRID)
     at = ((torch.arange(grid, device=x.device) + 0.5) * side / grid).long()
     blur = blurring(side, window).to(x)
@@ -138,20 +141,65 @@ class StructureMap:
         if leave_out:
             pairs = zip(alike, near, strict=True)
             others = [a[d.isfinite()] if d.isfinite().any() else a for a, d in pairs]
-        rows = [self._nearest(q, self.places[a]) for q, a in zip(queries, others, strict=True)]
+        asked, bank = queries, self.places
+        if self.places.shape[1] >= MANY and low_pays(statistics.device):
+            asked, bank = _low(queries, queries=True), self.low
+        rows = [_nearest(q, bank[a].flatten(0, 1)) for q, a in zip(asked, others, strict=True)]
         return torch.stack(rows).unflatten(1, statistics.shape[2:])
 
-    @staticmethod
-    def _nearest(queries: Tensor, places: Tensor) -> Tensor:
-        """Distances (L,) of queries (L, D) to the nearest of the places (K, L, D).
+    @cached_property
+    @torch.inference_mode(mode=False)
+    def low(self) -> Tensor:
+        """The places as rows (M, L, K) in bfloat16 whose products with `_low` queries are |q - b|²."""
+        return _low(self.places.float(), queries=False)
 
-        |q - b|² = |q|² + (q, 1)·(-2 b, |b|²), block by block: a block stays in the processor's
-        cache, which makes it up to five times faster than all at once.
-        """
-        bank = places.flatten(0, 1).to(queries.dtype)
-        beside = torch.cat([-2 * bank, bank.square().sum(dim=1, keepdim=True)], dim=1)
-        with_one = F.pad(queries, (0, 1), value=1.0)
-        blocks = beside.split(max(BLOCK // len(queries), 1))
-        least = [(with_one @ block.T).amin(dim=1) for block in blocks]
-        found = torch.stack(least).amin(dim=0) + queries.square().sum(dim=1)
-        return (found.clamp_min(0) + 1e-8).sqrt()
+
+def _low(places: Tensor, queries: bool) -> Tensor:
+    """Places (..., L, D), queries or those they are compared with, as rows (..., L, K) in bfloat16.
+
+    |q - b|² = (q, q', q, q', 1, |q|²) · (-2 b, -2 b, -2 b', -2 b', |b|², 1), where q' and b' are what
+    bfloat16 leaves over of q and b, and each square is a sum of three. The products are added up in
+    float32, so that only the distance itself is rounded, by 0.2 %.
+    """
+    high = places.bfloat16()
+    rest = (places - high.float()).bfloat16()
+    square = _parts(places.square().sum(dim=-1))
+    one = torch.ones_like(square)
+    if queries:
+        rows = torch.cat([high, rest, high, rest, one, square], dim=-1)
+    else:
+        rows = torch.cat([-2 * high, -2 * high, -2 * rest, -2 * rest, square, one], dim=-1)
+    return F.pad(rows, (0, -rows.shape[-1] % TILE))
+
+
+def _parts(values: Tensor) -> Tensor:
+    """Three numbers in bfloat16 whose sum each of the values (...) is, (..., 3)."""
+    parts = []
+    for _ in range(3):
+        parts.append(values.bfloat16())
+        values = values - parts[-1].float()
+    return torch.stack(parts, dim=-1)
+
+
+def _nearest(queries: Tensor, bank: Tensor) -> Tensor:
+    """Distances (L,) of queries (L, D) to the nearest of places (K, D), or of `_low` ones.
+
+    |q - b|² = |q|² + (q, 1)·(-2 b, |b|²), block by block: a block stays in the processor's cache,
+    and one piece of memory serves them all.
+    """
+    offset = torch.zeros((), device=queries.device)
+    if queries.dtype != torch.bfloat16:
+        bank = bank.to(queries.dtype)
+        bank = torch.cat([-2 * bank, bank.square().sum(dim=1, keepdim=True)], dim=1)
+        offset = queries.square().sum(dim=1)
+        queries = F.pad(queries, (0, 1), value=1.0)
+    blocks = bank.split(max(BLOCK // len(queries), 1))
+    products = queries.new_empty(len(queries), len(blocks[0]))
+    least = []
+    for block in blocks:
+        found = torch.mm(queries, block.T, out=products[:, : len(block)])
+        if found.dtype == torch.bfloat16:
+            found = found.view(torch.int16)  # in the same order from 0 upwards, and far faster
+        least.append(found.amin(dim=1))
+    nearest = torch.stack(least).amin(dim=0).view(queries.dtype).float() + offset
+    return (nearest.clamp_min(0) + 1e-8).sqrt()
