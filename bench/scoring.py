@@ -55,7 +55,7 @@ def _against_ideal(material: Material, detector: Detector, side: int) -> Row:
         rates(ideal, len(paths)),
         unit="images/s",
         bar=">= 0.85",
-        note="all scores, all maps; JPEG photographs of about 500 x 667 px",
+        note="all scores; JPEG photographs of about 500 x 667 px",
     )
 
 
