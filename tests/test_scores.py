@@ -418,6 +418,8 @@ def log_energies(image):
     r, g, b = image.astype(np.float64)
     planes, rows = [(r + g + b) / 3, r - g, (r + g) / 2 - b], []
     for _ in range(3):
+        even = len(planes[0]) // 2 * 2
+        planes = [p[:even, :even] for p in planes]
         coarse = [(p[::2, ::2] + p[1::2, ::2] + p[::2, 1::2] + p[1::2, 1::2]) / 4 for p in planes]
         details = [p - np.kron(c, np.ones((2, 2))) for p, c in zip(planes, coarse, strict=True)]
         rows.append([np.mean(d**2) for d in details])
@@ -432,6 +434,16 @@ def test_bands_by_numpy(e):
     residual, image = scores.band_energies(e).chunk(2, dim=1)
     close(residual, [log_energies(a - b) for a, b in zip(x, recon, strict=True)])
     close(image, [log_energies(a - 0.5) for a in x], rtol=1e-3)
+
+
+@pytest.mark.parametrize("side", [8, 10, 20])
+def test_bands_of_any_side(side):
+    """Halved three times, a side may become odd: its last row and column are left out."""
+    x = torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(side))
+    blank = torch.zeros(2, 0)
+    e = Evidence(x, torch.zeros_like(x), blank, blank, (), blank, blank[:, :, None], blank)
+    image = scores.band_energies(e)[:, 8:]
+    close(image, [log_energies(a - 0.5) for a in x.numpy()], rtol=1e-3)
 
 
 def test_bands_miss_no_energy():

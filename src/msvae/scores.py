@@ -82,10 +82,13 @@ def direction(e: Evidence) -> Tensor:
 def _bands(image: Tensor) -> Tensor:
     """Log energies of luma and chroma by band, fine to coarse, (B, 2 * (BANDS + 1)).
 
-    A band is what the means of 2 x 2 leave over: three differences for each (Haar 1910).
+    A band is what the means of 2 x 2 leave over: three differences for each (Haar 1910). Of an odd
+    number of rows or columns the last is left out.
     """
     rest, energies = opponent(image), []
     for _ in range(BANDS):
+        even = 2 * (rest.shape[-1] // 2)
+        rest = rest[..., :even, :even]
         top, bottom = rest[:, :, ::2], rest[:, :, 1::2]
         total, gap = top + bottom, top - bottom
         (left, right), (a, b) = ((t[..., ::2], t[..., 1::2]) for t in (total, gap))
