@@ -17,7 +17,7 @@ from msvae.compute import choose_device, to_batch
 from msvae.config import Config
 from msvae.fitting import Keeper
 from msvae.model import ORDERS, TURNS, VAE
-from msvae.teach import pretext_loss, train_companion
+from msvae.teach import beside_vae, companion_lesson, pretext_loss
 from msvae.train import Trainer, losses, train
 
 EPOCHS = 2  # of a round of the fast contestants
@@ -40,7 +40,7 @@ def fresh(side: int, memory: torch.memory_format) -> VAE:
 
 
 def loop(material: Material, side: int, steps: int, epochs: int = 1) -> Once:
-    """Seconds of both loops on the decoded cache, with stop loss and checkpoints, as in `fit`."""
+    """Seconds of both loops side by side on the decoded cache, with stop loss and checkpoints."""
     config = settings(side, epochs)
     count = steps * config.train.batch_size
     held = round(STOP_SHARE * count)
@@ -49,8 +49,11 @@ def loop(material: Material, side: int, steps: int, epochs: int = 1) -> Once:
     model = fresh(side, torch.channels_last)
 
     def both() -> None:
-        train(model, *parts, config, save=Keeper(material.work / "kept", {}))
-        train_companion(model, parts[0], config)
+        lesson = companion_lesson(model, parts[0], config)
+        assert lesson is not None
+        with beside_vae(model, lesson) as reached:
+            train(model, *parts, config, save=Keeper(material.work / "kept", {}), reached=reached)
+        lesson.rest()
 
     return timed(both)
 

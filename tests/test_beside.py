@@ -10,15 +10,6 @@ from msvae.beside import ahead, spread
 CPU = torch.device("cpu")
 
 
-@pytest.fixture
-def two_threads():
-    """As on a machine of two cores."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
-
-
 def where(images: int) -> tuple[str, int]:
     """In which thread a task of so many images is done, and on how many threads there."""
     with spread(images, CPU):

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from msvae import fit, fitting, load
+from msvae import fit, load
 from msvae.config import Config
 from msvae.errors import (
     ConfigError,
@@ -26,6 +26,7 @@ from msvae.errors import (
 )
 from msvae.scorer import PLACES
 from msvae.table import ScoreTable
+from msvae.teach import Lesson
 from msvae.train import Trainer
 
 CONFIG = Config().replace(
@@ -400,9 +401,15 @@ class Impatient:
         """Nothing."""
 
 
-def test_a_killed_fit_resumes_bit_equal(tmp_path):
-    """After Ctrl-C there is no run, but a checkpoint; resumed, it is as if nothing had happened."""
+@pytest.mark.parametrize("beside", [None, 1, 9])
+def test_a_killed_fit_resumes_bit_equal(tmp_path, two_threads, beside):
+    """After Ctrl-C there is no run, but a checkpoint; resumed, it is as if nothing had happened.
+
+    So too where a companion learns beside the VAE: it ends before it was killed, or goes on after.
+    """
     config = CONFIG.replace(epochs=2, dropout=0.1, crop=0.1)
+    if beside:
+        config = config.replace(companion=True, companion_epochs=beside)
     whole = fit(NORMAL, tmp_path / "whole", config=config)
     with pytest.raises(KeyboardInterrupt):
         fit(NORMAL, tmp_path / "killed", config=config, progress=Impatient(30))
@@ -420,12 +427,12 @@ def test_a_killed_fit_resumes_bit_equal(tmp_path):
     assert whole_bytes == bytes_
 
 
-def test_a_fit_killed_in_the_companions_loop_keeps_the_vae(tmp_path, monkeypatch):
+def test_a_fit_killed_in_the_companions_loop_keeps_the_vae(tmp_path, monkeypatch, two_threads):
     """However seldom checkpoints are written: resumed, no epoch of the VAE is trained again."""
     config = CONFIG.replace(companion=True, companion_epochs=1, epochs=3, min_steps=0)
     whole = fit(NORMAL, config=config)
     with monkeypatch.context() as patch:
-        patch.setattr(fitting, "train_companion", _interrupted)
+        patch.setattr(Lesson, "rest", _interrupted)
         with pytest.raises(KeyboardInterrupt):
             fit(NORMAL, tmp_path / "killed", config=config)
     monkeypatch.setattr(Trainer, "step", lambda *_: pytest.fail("trained again"))

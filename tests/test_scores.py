@@ -21,7 +21,7 @@ from msvae.model import VAE
 from msvae.scorer import PLACES, learn
 from msvae.scores import Mahalanobis, Neighbours
 from msvae.structure import StructureMap, local_statistics
-from msvae.teach import train_companion
+from msvae.teach import companion_lesson
 from msvae.tensors import flatten
 from msvae.train import losses, train
 
@@ -92,7 +92,8 @@ class Setting:
         self.model = VAE(CONFIG.model)
         self.train, self.held = smooth_images(N_TRAIN, 1), smooth_images(N_HELD, 2)
         train(self.model, self.train, smooth_images(4, 3), CONFIG)
-        train_companion(self.model, self.train, CONFIG)
+        companion_lesson(self.model, self.train, CONFIG).rest()
+        self.model.eval()  # the inspector too, which learned nothing
         self.scorer = learned(self.model, self.train)
         rng = np.random.default_rng(4)
         self.odd = {

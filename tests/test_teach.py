@@ -13,9 +13,9 @@ from msvae.errors import TrainingError
 from msvae.model import ORDERS
 from msvae.progress import Silent
 from msvae.teach import (
+    companion_lesson,
     inspector_steps,
     pretext_loss,
-    train_companion,
     train_inspector,
     transform,
     upright,
@@ -37,7 +37,7 @@ def tinted(n, seed):
 def test_the_companion_learns_its_tasks():
     """On images that it never saw it does far better than by guessing."""
     model = built(WITH_COMPANION)
-    train_companion(model, tinted(24, 1), WITH_COMPANION)
+    companion_lesson(model, tinted(24, 1), WITH_COMPANION).rest()
     assert not model.companion.training
     gen = torch.Generator().manual_seed(0)
     x = to_batch(tinted(48, 2), torch.device("cpu"))
@@ -58,7 +58,7 @@ def test_which_way_up_is_asked_of_the_companion(monkeypatch, directed):
     light = np.linspace(150, 0, 16)[:, None, None] if directed else 0
     images, others = np.split((noise + light).astype(np.uint8), 2)
     model = built(config)
-    train_companion(model, images, config)
+    companion_lesson(model, images, config).rest()
     assert upright(model, others) is directed
     seen = []
     real = teach.varied
@@ -84,13 +84,13 @@ def test_each_loop_teaches_its_own_network():
     """The companion's leaves the VAE as it was, and the other way round; each to the bit again."""
     config = WITH_COMPANION.replace(companion_epochs=1)
     model, before = built(config), built(config).state_dict()
-    train_companion(model, TRAIN, config)
+    companion_lesson(model, TRAIN, config).rest()
     after = model.state_dict()
     changed = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
     assert changed == {"companion"}
     again = built(config)
     torch.rand(3)
-    train_companion(again, TRAIN, config)
+    companion_lesson(again, TRAIN, config).rest()
     assert same_weights(model, again)
     train(model, TRAIN, STOP, config)
     kept = model.companion.state_dict()
@@ -114,7 +114,7 @@ def test_the_companion_passes_over_the_images_so_often(
             return items
 
     config = WITH_COMPANION.replace(batch_size=4, companion_epochs=epochs, min_steps=least)
-    train_companion(built(config), TRAIN[:count], config, Watching())
+    companion_lesson(built(config), TRAIN[:count], config).rest(Watching())
     assert ticks == [steps]
 
 
@@ -124,7 +124,7 @@ def test_a_companion_that_diverges_is_an_error():
     with torch.no_grad():
         model.companion.head.bias.fill_(torch.nan)
     with pytest.raises(TrainingError, match="not a finite number"):
-        train_companion(model, TRAIN, WITH_COMPANION.replace(companion_epochs=1))
+        companion_lesson(model, TRAIN, WITH_COMPANION.replace(companion_epochs=1)).rest()
 
 
 def test_every_image_comes_before_any_comes_again():
@@ -141,14 +141,14 @@ def test_a_task_that_is_not_learned_is_given_up(monkeypatch, hopeless, steps, ga
     monkeypatch.setattr(teach, "LOOK", 20)
     monkeypatch.setattr(teach, "HOPELESS", hopeless)
     config = WITH_COMPANION.replace(batch_size=4, companion_epochs=10)
-    told = train_companion(built(config), TRAIN, config)
+    told = companion_lesson(built(config), TRAIN, config).rest()
     assert (told.steps, told.gave_up) == (steps, gave_up)
     assert 0.1 * math.log(24) < told.loss < 9 * math.log(24)
 
 
 def test_a_model_without_a_companion_is_left_alone():
-    """Nothing is done, and told so."""
-    assert train_companion(built(SMALL), TRAIN, SMALL) == teach.Taught(0, 0.0, False)
+    """There is nothing to teach."""
+    assert companion_lesson(built(SMALL), TRAIN, SMALL) is None
 
 
 def test_transform_by_numpy():

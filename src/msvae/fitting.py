@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from msvae import config as settings
 from msvae import files, store
+from msvae.alongside import Reached
 from msvae.calibration import Calibration, Decision, rank
 from msvae.compute import batch_of, choose_device, compute_type, to_batch
 from msvae.config import Config
@@ -31,7 +32,7 @@ from msvae.progress import Progress, Silent
 from msvae.references import References
 from msvae.scorer import Scorer, Told, learn
 from msvae.table import write_quarantine
-from msvae.teach import Taught, train_companion, train_inspector
+from msvae.teach import Taught, beside_vae, companion_lesson, train_inspector
 from msvae.train import State, train
 
 REFERENCES = 1000  # training images whose thumbnails are kept
@@ -205,8 +206,10 @@ def fit_parts(
         f"{sizes['train']} images to train on, {sizes['stop']} to stop on, "
         f"{sizes['conformal']} to calibrate on; {device.type}, {config.model.image_size} px"
     )
-    state = _train(model, parts, config, folder, resume, progress)
-    learned = train_companion(model, parts.train.pixels, config, progress)
+    lesson = companion_lesson(model, parts.train.pixels, config)
+    with beside_vae(model, lesson) as reached:
+        state = _train(model, parts, config, folder, resume, reached, progress)
+    learned = Taught() if lesson is None else lesson.rest(progress)
     if learned.gave_up:
         say(f"orders and turns say little here: the companion gave up after {learned.steps} steps")
     train_inspector(model, parts.train.pixels, parts.stop.pixels, config, progress)
@@ -330,7 +333,13 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def _train(
-    model: VAE, parts: Parts, config: Config, folder: Path | None, resume: bool, progress: Progress
+    model: VAE,
+    parts: Parts,
+    config: Config,
+    folder: Path | None,
+    resume: bool,
+    reached: Reached,
+    progress: Progress,
 ) -> State:
     identity = {
         "format": store.FORMAT,  # weights of another one may lie otherwise
@@ -349,6 +358,7 @@ def _train(
             config,
             state=state,
             save=keeper or (lambda now: None),
+            reached=reached,
             progress=progress,
         )
     finally:  # after an interruption too

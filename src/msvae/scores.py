@@ -34,13 +34,13 @@ def kl(e: Evidence) -> Tensor:
     return 0.5 * (e.mu.square() + e.logvar.exp() - 1 - e.logvar).sum(dim=1)
 
 
-def distortion(e: Evidence, variance: Tensor | None = None) -> Tensor:
-    """-log p(x|z) up to a constant, (B,), nats: the squared error summed over pixels.
+def distortion(error: Tensor, size: int, variance: Tensor | None = None) -> Tensor:
+    """-log p(x|z) up to a constant, nats, of the mean squared error of `size` values.
 
-    With `variance` the decoder is a Gaussian of that variance (σ-VAE, Rybkin et al. 2021).
+    It is the error summed over the values; with `variance` the decoder is a Gaussian of that
+    variance (σ-VAE, Rybkin et al. 2021).
     """
-    size = e.x[0].numel()
-    total = reconstruction(e) * size
+    total = error * size
     if variance is None:
         return total
     return 0.5 * (total / variance + size * (variance.log() + log(2 * pi)))
@@ -48,7 +48,7 @@ def distortion(e: Evidence, variance: Tensor | None = None) -> Tensor:
 
 def elbo(e: Evidence, beta: float, variance: Tensor | None = None) -> Tensor:
     """Negative evidence lower bound: distortion + β·rate, (B,), nats; its mean is the loss."""
-    return distortion(e, variance) + beta * kl(e)
+    return distortion(reconstruction(e), e.x[0].numel(), variance) + beta * kl(e)
 
 
 def spread(e: Evidence) -> Tensor:

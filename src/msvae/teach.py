@@ -6,6 +6,7 @@ What they do depends on their arguments and the seed alone.
 import math
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -15,9 +16,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from msvae.alongside import Reached, alone, alongside
 from msvae.augment import augment
 from msvae.compute import autocast, batch_of, to_batch
-from msvae.config import AugmentConfig, Config
+from msvae.config import AugmentConfig, Config, ModelConfig
 from msvae.data.cache import Images
 from msvae.errors import TrainingError
 from msvae.imagine import Imagination, coloured, varied
@@ -75,17 +77,15 @@ def pretext_loss(companion: Companion, x: Tensor, orders: Tensor, turns: Tensor)
     return F.nll_loss(order.float(), orders) + F.nll_loss(turn.float(), turns)
 
 
-def train_companion(
-    model: VAE, pixels: Images, config: Config, progress: Progress | None = None
-) -> Taught:
-    """Teach the model's companion, in place, orders and turns of pixels (N, S, S, 3).
+def companion_lesson(model: VAE, pixels: Images, config: Config) -> "Lesson | None":
+    """Orders and turns of pixels (N, S, S, 3), taught to the model's companion, in place.
 
     At its small size a pass over the images is cheap, and it goes on learning long after the VAE has
-    stopped (LOG.md). Raises `TrainingError` when the loss is not a finite number.
+    stopped (LOG.md).
     """
     companion, c = model.companion, config.train
     if companion is None:
-        return Taught()
+        return None
     device, gen = next(model.parameters()).device, generator_of(c.seed, -1)
     precision = autocast(c, device)
     rows = _endless(len(pixels), c.batch_size, gen)
@@ -101,7 +101,30 @@ def train_companion(
 
     guess = math.log(len(ORDERS) * len(TURNS))
     plan = Plan("learning orders and turns", steps, c.weight_decay, hopeless=HOPELESS * guess)
-    return _teach(companion, loss, partial(learning_rate, config=c), plan, progress)
+    return Lesson(companion, loss, partial(learning_rate, config=c), plan)
+
+
+def beside_vae(model: VAE, lesson: "Lesson | None") -> AbstractContextManager[Reached]:
+    """Within it the companion learns while the VAE does, where there are cores for both."""
+    if lesson is None:
+        return nullcontext(alone)
+    return alongside(lesson.step, pace(model.config), next(model.parameters()).device)
+
+
+def pace(config: ModelConfig) -> float:
+    """Steps of the companion that take about as long as one of the VAE, on as many cores.
+
+    A step costs about what the maps of its network hold; a little less where they are large (LOG.md
+    has what was measured for images of 32 to 256 px and widths from half to twice the default's).
+    """
+    sides = [config.image_size] if config.keeps_resolution else [config.image_size // 2]
+    for _ in config.hidden_dims[1:]:
+        sides.append(sides[-1] // 2)
+    maps = zip(config.hidden_dims, sides, strict=True)  # there and back, but for the full size
+    vae = sum(w * s**2 * (1 if s == config.image_size else 2) for w, s in maps)
+    side = min(config.image_size, Companion.SIDE)
+    first, *others = [w * (side // 2**i) ** 2 for i, w in enumerate(Companion.WIDTHS)]
+    return float((vae / (first + 2 * sum(others))) ** 0.9)
 
 
 @torch.no_grad()
@@ -168,34 +191,64 @@ def train_inspector(
     def rate(at: float) -> float:
         return INSPECTOR_RATE * min(1, 10 * at + 0.1) * (1 - at)
 
-    _teach(inspector, loss, rate, Plan("imagining defects", inspector_steps(config)), progress)
+    plan = Plan("imagining defects", inspector_steps(config))
+    Lesson(inspector, loss, rate, plan).rest(progress)
 
 
-def _teach(
-    network: nn.Module,
-    loss_of: Callable[[], Tensor],
-    rate: Callable[[float], float],
-    plan: Plan,
-    progress: Progress | None,
-) -> Taught:
-    """Steps on batches that `loss_of` draws, at a rate by the share of the steps done."""
-    progress, loss = progress or Silent(), torch.zeros(())
-    latest, look = deque[Tensor](maxlen=LATEST), max(plan.steps // 4, LOOK)
-    optimiser = torch.optim.AdamW(network.parameters(), weight_decay=plan.weight_decay, fused=True)
-    network.train()
-    step = 0
-    for step in progress.track(range(plan.steps), plan.task, plan.steps):
-        loss = loss_of()
-        descend(optimiser, loss, rate(step / plan.steps), most=5.0)
-        latest.append(loss.detach())
-        if step % 20 == 0:
-            progress.note(f"loss {loss:.3f}")
-        if step == look and torch.stack([*latest]).mean() > plan.hopeless:
-            break
-    if not torch.isfinite(loss):
-        raise TrainingError(DIVERGED)
-    network.eval()
-    return Taught(step + 1, float(torch.stack([*latest]).mean()), step + 1 < plan.steps)
+class Lesson:
+    """What one network is taught: steps on batches that `loss_of` draws, to be taken one by one.
+
+    `rate` is the learning rate by the share of the steps taken. Raises `TrainingError` at the end
+    when the loss is not a finite number.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        loss_of: Callable[[], Tensor],
+        rate: Callable[[float], float],
+        plan: Plan,
+    ) -> None:
+        self.network, self.loss_of, self.rate, self.plan = network.train(), loss_of, rate, plan
+        self.optimiser = torch.optim.AdamW(
+            network.parameters(), weight_decay=plan.weight_decay, fused=True
+        )
+        self.latest = deque[Tensor](maxlen=LATEST)
+        self.look = max(plan.steps // 4, LOOK)
+        self.taken, self.gave_up = 0, False
+
+    def step(self) -> bool:
+        """Take one step, if one is left; whether another is."""
+        if self._over():
+            return False
+        loss = self.loss_of()
+        descend(self.optimiser, loss, self.rate(self.taken / self.plan.steps), most=5.0)
+        self.latest.append(loss.detach())
+        looking = self.taken == self.look < self.plan.steps - 1
+        self.gave_up = looking and self._mean() > self.plan.hopeless
+        self.taken += 1
+        return not self._over()
+
+    def rest(self, progress: Progress | None = None) -> Taught:
+        """Take the steps that are left."""
+        progress, left = progress or Silent(), self.plan.steps - self.taken
+        if not self._over():
+            for at in progress.track(range(left), self.plan.task, left):
+                more = self.step()
+                if at % 20 == 0:
+                    progress.note(f"loss {self.latest[-1]:.3f}")
+                if not more:
+                    break
+        if not torch.isfinite(self.latest[-1]):
+            raise TrainingError(DIVERGED)
+        self.network.eval()
+        return Taught(self.taken, self._mean(), self.gave_up)
+
+    def _over(self) -> bool:
+        return self.gave_up or self.taken == self.plan.steps
+
+    def _mean(self) -> float:
+        return float(torch.stack([*self.latest]).mean())
 
 
 def _endless(count: int, size: int, gen: torch.Generator) -> Iterator[NDArray[np.int64]]:

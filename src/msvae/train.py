@@ -14,8 +14,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional as F
 
 from msvae import scores
+from msvae.alongside import Reached, alone
 from msvae.augment import augment
 from msvae.compute import autocast, to_batch
 from msvae.config import Config, TrainConfig
@@ -61,15 +63,16 @@ class Losses(NamedTuple):
 
 
 def losses(model: VAE, x: Tensor, beta: float, noise: Tensor | None) -> Losses:
-    """The ELBO of images (B, 3, S, S)."""
+    """The mean ELBO of images (B, 3, S, S): `scores.elbo` with the error in one fused operation."""
     e = model(x, noise)
-    e = e._replace(recon=e.recon.float(), mu=e.mu.float(), logvar=e.logvar.float())
-    error = scores.reconstruction(e).mean()
+    e = e._replace(mu=e.mu.float(), logvar=e.logvar.float())
+    error, size = F.mse_loss(e.recon, x), x[0].numel()
     # The optimal decoder variance of the batch; detached, its gradient is that of the analytic
     # σ-VAE loss D/2 log(mean squared error) (Rybkin et al. 2021, eq. 6).
     variance = error.detach() + 1e-6 if model.config.sigma_vae else None
-    per_value = scores.elbo(e, beta, variance).mean() / x[0].numel()
-    return Losses(per_value, error, scores.kl(e).mean())
+    rate = scores.kl(e).mean()
+    total = scores.distortion(error, size, variance) + beta * rate
+    return Losses(total / size, error, rate)
 
 
 def descend(optimiser: torch.optim.Optimizer, loss: Tensor, rate: float, most: float) -> None:
@@ -116,11 +119,12 @@ class Trainer:
         with self.precision:
             return losses(self.model, x, self.config.beta, noise)
 
-    def epoch(self, pixels: Images, state: State, ticks: Iterator[int], note: Note) -> Row:
+    def epoch(self, pixels: Images, state: State, ticks: Iterator[None], note: Note) -> Row:
         """All steps of one epoch; the means of its losses as a row of the history."""
         began, seen = time.perf_counter(), torch.zeros(3, device=self.device)
-        self.model.train()
+        _set_mode(self.model, training=True)
         gen = generator_of(self.config.seed, state.epoch)
+        torch.manual_seed(gen.initial_seed())  # dropout draws from the global generator
         for at, rows in enumerate(_batches(self, gen)):
             next(ticks)
             x = augment(to_batch(pixels[rows], self.device), self.augment, gen)
@@ -139,7 +143,7 @@ class Trainer:
     @torch.inference_mode()
     def stop_loss(self, pixels: Images) -> float:
         """The loss on the stop part: posterior means, no augmentation."""
-        self.model.eval()
+        _set_mode(self.model, training=False)
         total = 0.0
         for first in range(0, len(pixels), self.config.batch_size):
             x = to_batch(pixels[first : first + self.config.batch_size], self.device)
@@ -155,19 +159,22 @@ def train(
     *,
     state: State | None = None,
     save: Callable[[State], None] = lambda state: None,
+    reached: Reached = alone,
     progress: Progress | None = None,
 ) -> State:
     """Train the VAE in place on pixels (N, S, S, 3); leave the weights that were best on `stop`.
 
-    `state` continues an interrupted training; `save` is called with the state after every epoch.
-    Raises `TrainingError` when the loss is not a finite number.
+    `state` continues an interrupted training; `save` is called with the state after every epoch;
+    `reached` hears before each step how many there will be with it, of the whole training. Raises
+    `TrainingError` when the loss is not a finite number.
     """
     progress, state = progress or Silent(), state or State()
     trainer = Trainer(model, config, len(pixels))
     if state.tensors:
         _restore(trainer, state)
-    total = (trainer.epochs - state.epoch) * trainer.steps
-    ticks = iter(progress.track(range(total), "training", total))
+    first, total = state.epoch * trainer.steps, trainer.epochs * trainer.steps
+    tracked = iter(progress.track(range(first + 1, total + 1), "training", total - first))
+    ticks = map(reached, tracked)
     while state.epoch < trainer.epochs and not _patience_over(state, config.train.patience):
         row = trainer.epoch(pixels, state, ticks, progress.note)
         row["stop_loss"] = trainer.stop_loss(stop)
@@ -177,9 +184,10 @@ def train(
         state.history.append(row)
         _keep(trainer, state, row["stop_loss"])
         save(state)
-    next(ticks, None)  # lets the bar end
+    next(tracked, None)  # lets the bar end
+    reached(state.epoch * trainer.steps)  # nobody said so if there was nothing to resume
     _load(model, _under(state.tensors, "best."))
-    model.eval()
+    _set_mode(model, training=False)
     return state
 
 
@@ -187,11 +195,9 @@ def _patience_over(state: State, patience: int) -> bool:
     return 0 < patience <= state.epoch - state.best_epoch
 
 
-def generator_of(seed: int, epoch: int) -> torch.Generator:
-    """The generator of one epoch; dropout draws from the global one, so that is seeded too."""
-    number = (1_000_003 * seed + epoch) % 2**63
-    torch.manual_seed(number)
-    return torch.Generator().manual_seed(number)
+def generator_of(seed: int, loop: int) -> torch.Generator:
+    """The generator of an epoch of the VAE, 0 or more, or of a loop of its own, below 0."""
+    return torch.Generator().manual_seed((1_000_003 * seed + loop) % 2**63)
 
 
 def _batches(trainer: Trainer, gen: torch.Generator) -> Iterator[NDArray[np.int64]]:
@@ -237,8 +243,18 @@ def _restore(trainer: Trainer, state: State) -> None:
 
 def _load(model: VAE, weights: dict[str, Tensor]) -> None:
     """Put the VAE's weights in place; `RuntimeError` where they are another model's."""
-    others = {k: v for k, v in model.state_dict().items() if not of_autoencoder(k)}
-    model.load_state_dict(others | weights)
+    missing, unexpected = model.load_state_dict(weights, strict=False)
+    wrong = [*filter(of_autoencoder, missing), *unexpected]
+    if wrong:
+        raise RuntimeError(f"missing or unknown weights: {', '.join(wrong)}")
+
+
+def _set_mode(model: VAE, *, training: bool) -> None:
+    """Of the VAE's own layers: the companion may be learning at the same time."""
+    model.training = training
+    for name, part in model.named_children():
+        if of_autoencoder(name):
+            part.train(training)
 
 
 def _laid_out(moments: Tensor, parameter: Tensor) -> Tensor:
