@@ -22,6 +22,7 @@ TURNS = (0, 1, 2, 3)  # quarter turns
 # How an image is shown to the companion when it is scored, (order, turn) each: as it is, and upside
 # down with its channels moved on by one. All 24 ways rank no better (LOG.md).
 SHOWN = ((0, 0), (4, 2))
+TOGETHER = 32  # images that the companion looks at together, at most: the cache holds their maps
 
 Verdicts = tuple[Tensor, Tensor]  # embedding (B, E), -log p of the true orders and turns (B, 2 T)
 
@@ -264,8 +265,10 @@ def _verdicts(companion: Companion, x: Tensor) -> Verdicts:
     (B, 2 + 2), nats.
     """
     x = companion.reduced(x)
-    embeddings = [companion.embed(x[:, ORDERS[k]].rot90(t, dims=(2, 3))) for k, t in SHOWN]
-    told = [companion.tell(e) for e in embeddings]
-    orders = [order[:, k] for (order, _), (k, _) in zip(told, SHOWN, strict=True)]
-    turns = [turn[:, t] for (_, turn), (_, t) in zip(told, SHOWN, strict=True)]
-    return embeddings[0], -torch.stack(orders + turns, dim=1).float()
+    shown = [x[:, ORDERS[k]].rot90(t, dims=(2, 3)) for k, t in SHOWN]
+    if len(x) * len(SHOWN) <= TOGETHER:
+        shown = [torch.cat(shown)]
+    embedding = torch.cat([companion.embed(images) for images in shown])
+    told = zip(SHOWN, *(part.chunk(len(SHOWN)) for part in companion.tell(embedding)), strict=True)
+    orders, turns = zip(*((order[:, k], turn[:, t]) for (k, t), order, turn in told), strict=True)
+    return embedding[: len(x)], -torch.stack(orders + turns, dim=1).float()
