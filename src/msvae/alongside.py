@@ -24,11 +24,11 @@ def alone(steps: int) -> None:
 def alongside(step: Callable[[], bool], pace: float, device: torch.device) -> Iterator[Reached]:
     """Lend half of the cores to another training while the caller's own goes on.
 
-    The caller reports how many of its steps are done, before each; up to then the other does `pace`
-    times as many. `step` does one of them and tells whether more are left; once none is, the caller
-    has all cores. Which step runs on how many cores depends on these numbers alone, not on which of
-    the two is faster: sums over several threads are rounded by their number. Where there are no
-    cores to share, nothing is done beside.
+    Before each of its steps the caller says how many there will be with it; of the other's there are
+    `pace` times as many by then, or a few less. `step` does one of these and tells whether more are
+    left; once none is, the caller has all cores. Which step runs on how many cores depends on these
+    numbers alone, not on which of the two is faster: how a sum is rounded depends on the threads
+    that share it. Where there are no cores to share, nothing is done beside.
     """
     cores = torch.get_num_threads()
     if device.type != "cpu" or cores < 2:

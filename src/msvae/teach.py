@@ -198,8 +198,7 @@ def train_inspector(
 class Lesson:
     """What one network is taught: steps on batches that `loss_of` draws, to be taken one by one.
 
-    `rate` is the learning rate by the share of the steps taken. Raises `TrainingError` at the end
-    when the loss is not a finite number.
+    `rate` is the learning rate by the share of the steps taken.
     """
 
     def __init__(
@@ -230,7 +229,7 @@ class Lesson:
         return not self._over()
 
     def rest(self, progress: Progress | None = None) -> Taught:
-        """Take the steps that are left."""
+        """Take the steps that are left; `TrainingError` when the loss is not a finite number."""
         progress, left = progress or Silent(), self.plan.steps - self.taken
         if not self._over():
             for at in progress.track(range(left), self.plan.task, left):

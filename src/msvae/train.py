@@ -185,7 +185,7 @@ def train(
         _keep(trainer, state, row["stop_loss"])
         save(state)
     next(tracked, None)  # lets the bar end
-    reached(state.epoch * trainer.steps)  # nobody said so if there was nothing to resume
+    reached(state.epoch * trainer.steps)  # a training that is resumed at its end takes no step
     _load(model, _under(state.tensors, "best."))
     _set_mode(model, training=False)
     return state
