@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from bench.material import SIDES, Material
 from bench.peers import Peer
 from bench.rows import Once, Row, compared, interleaved, rates, timed
+from msvae import heap
 from msvae.compute import choose_device, to_batch
 from msvae.config import Config
 from msvae.fitting import Keeper
@@ -51,9 +52,11 @@ def loop(material: Material, side: int, steps: int, epochs: int = 1) -> Once:
     def both() -> None:
         lesson = companion_lesson(model, parts[0], config)
         assert lesson is not None
-        with beside_vae(model, lesson) as reached:
-            train(model, *parts, config, save=Keeper(material.work / "kept", {}), reached=reached)
-        lesson.rest()
+        with heap.kept():
+            with beside_vae(model, lesson) as reached:
+                save = Keeper(material.work / "kept", {})
+                train(model, *parts, config, save=save, reached=reached)
+            lesson.rest()
 
     return timed(both)
 

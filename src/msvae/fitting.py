@@ -16,7 +16,7 @@ import torch
 from torch.nn import functional as F
 
 from msvae import config as settings
-from msvae import files, store
+from msvae import files, heap, store
 from msvae.alongside import Reached
 from msvae.calibration import Calibration, Decision, rank
 from msvae.compute import batch_of, choose_device, compute_type, to_batch
@@ -207,12 +207,13 @@ def fit_parts(
         f"{sizes['conformal']} to calibrate on; {device.type}, {config.model.image_size} px"
     )
     lesson = companion_lesson(model, parts.train.pixels, config)
-    with beside_vae(model, lesson) as reached:
-        state = _train(model, parts, config, folder, resume, reached, progress)
-    learned = Taught() if lesson is None else lesson.rest(progress)
+    with heap.kept():
+        with beside_vae(model, lesson) as reached:
+            state = _train(model, parts, config, folder, resume, reached, progress)
+        learned = Taught() if lesson is None else lesson.rest(progress)
+        train_inspector(model, parts.train.pixels, parts.stop.pixels, config, progress)
     if learned.gave_up:
         say(f"orders and turns say little here: the companion gave up after {learned.steps} steps")
-    train_inspector(model, parts.train.pixels, parts.stop.pixels, config, progress)
     scoring = model.frozen(compute_type(config.train, device))
     scorer = _learn(scoring, parts, config, progress)
     if feedback is not None:

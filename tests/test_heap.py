@@ -1,0 +1,45 @@
+"""Memory that is kept during a training."""
+
+import resource
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from msvae import heap
+
+SIZE = 4 << 20  # numbers of float32: 16 MB
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc is a library of Linux")
+def test_memory_is_taken_once_and_given_back():
+    """Within it a freed piece serves the next one; at the end the system has it again."""
+    with heap.kept():
+        pieces = [torch.ones(SIZE) for _ in range(4)]
+        del pieces
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(8):
+            pieces = [torch.ones(SIZE) for _ in range(4)]
+            del pieces
+        taken = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+        assert taken < 0.1 * 8 * 4 * SIZE * 4 / resource.getpagesize()  # of the pages in use
+        held = resident()
+    assert resident() < held - 32
+
+
+def resident():
+    """Anonymous memory of this process, MB."""
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) // 1024 for line in lines if line.startswith("RssAnon"))
+
+
+def test_elsewhere_nothing_is_done(monkeypatch):
+    """Not on other systems, nor with another C library."""
+    monkeypatch.setattr(heap.sys, "platform", "win32")
+    with heap.kept():
+        pass
+    monkeypatch.setattr(heap.sys, "platform", "linux")
+    monkeypatch.setattr(heap.ctypes, "CDLL", lambda name: object())
+    with heap.kept():
+        pass
