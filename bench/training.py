@@ -1,5 +1,6 @@
 """Training: the real loop against a bare step, against the textbook's loop, against pythae."""
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from bench.material import SIDES, Material
-from bench.peers import Peer
+from bench.peers import HERE, Peer
 from bench.rows import Once, Row, compared, interleaved, rates, timed
 from msvae import heap
 from msvae.compute import choose_device, to_batch
@@ -127,11 +128,11 @@ def textbook_loss(model: VAE, x: Tensor) -> Tensor:
     return losses(model, x, 1.0, noise).total + told
 
 
-def textbook(material: Material, side: int, steps: int) -> Once:
+def textbook(photographs: tuple[Path, ...], side: int, steps: int) -> Once:
     """Seconds of the same model in float32, contiguous, fed from the photographs by a DataLoader."""
     model = fresh(side, torch.contiguous_format)
     optimiser = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=1e-4)
-    paths = material.photographs * (steps * 32 // len(material.photographs) + 1)
+    paths = photographs * (steps * 32 // len(photographs) + 1)
     loader = DataLoader(
         Files(paths[: steps * 32], side), 32, shuffle=True, drop_last=True, num_workers=2
     )
@@ -160,9 +161,11 @@ def rows(material: Material, peers: dict[str, Peer]) -> Iterator[Row]:
             bar=">= 0.92",
             note="the loop with stop loss and checkpoints; the bare step has one fixed tensor",
         )
+        script = Peer(Path(sys.executable), HERE / "textbook.py", material.work / "textbook.log")
+        photographs = map(str, material.photographs[: slow * 32])
         contestants: dict[str, Once] = {
             "loop": real,
-            "textbook": textbook(material, side, slow),
+            "textbook": script.start(str(side), str(slow), *photographs),
         }
         peer = peers.get("pythae")
         if peer is not None:
@@ -170,12 +173,13 @@ def rows(material: Material, peers: dict[str, Peer]) -> Iterator[Row]:
             np.save(pixels, material.decoded(slow * 32, side).pixels)
             contestants["pythae"] = peer.start(str(side), str(pixels))
         told = interleaved(contestants, 3)
+        script.stop()
         if peer is not None:
             peer.stop()
         against: dict[str, Any] = {
             "textbook": (
                 ">= 4",
-                "fp32, contiguous, DataLoader of 2 workers, photographs read by Pillow",
+                "a script of its own: fp32, contiguous, DataLoader of 2 workers, Pillow",
             ),
             "pythae": (">= 3", "BaseTrainer, the same network and losses, pixels in memory"),
         }
