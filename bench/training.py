@@ -15,11 +15,12 @@ from bench.material import SIDES, Material
 from bench.peers import HERE, Peer
 from bench.rows import Once, Row, compared, interleaved, rates, timed
 from msvae import heap
+from msvae.alongside import Reached
 from msvae.compute import choose_device, to_batch
 from msvae.config import Config
 from msvae.fitting import Keeper
 from msvae.model import ORDERS, TURNS, VAE
-from msvae.teach import beside_vae, companion_lesson, pretext_loss
+from msvae.teach import pretext_loss, teach_both
 from msvae.train import Trainer, losses, train
 
 EPOCHS = 2  # of a round of the fast contestants
@@ -50,14 +51,12 @@ def loop(material: Material, side: int, steps: int, epochs: int = 1) -> Once:
     parts = decoded.some(range(count)), decoded.some(range(count, count + held))
     model = fresh(side, torch.channels_last)
 
+    def train_vae(reached: Reached) -> None:
+        train(model, *parts, config, save=Keeper(material.work / "kept", {}), reached=reached)
+
     def both() -> None:
-        lesson = companion_lesson(model, parts[0], config)
-        assert lesson is not None
         with heap.kept():
-            with beside_vae(model, lesson) as reached:
-                save = Keeper(material.work / "kept", {})
-                train(model, *parts, config, save=save, reached=reached)
-            lesson.rest()
+            teach_both(model, parts[0], config, train_vae)
 
     return timed(both)
 

@@ -267,12 +267,18 @@ def test_mahalanobis_left_out_is_near_a_refit():
         assert float(ours[i]) == pytest.approx(float(refitted), rel=0.05)
 
 
+def elbo(e, beta, variance=None):
+    """The score from what it is made of."""
+    error, rate = scores.reconstruction(e), scores.kl(e)
+    return scores.elbo(error, rate, e.x[0].numel(), beta, variance)
+
+
 @pytest.mark.parametrize("variance", [0.01, 2.0])
 def test_elbo_is_minus_the_log_likelihood_plus_rate(e, variance):
     """With a decoder variance the distortion is scipy's Gaussian density, summed over pixels."""
     log_density = norm.logpdf(e.x.double(), e.recon.double(), np.sqrt(variance)).sum(axis=(1, 2, 3))
     rate = kl_divergence(Normal(e.mu, (0.5 * e.logvar).exp()), Normal(0.0, 1.0)).sum(dim=1)
-    ours = scores.elbo(e, BETA, torch.tensor(variance))
+    ours = elbo(e, BETA, torch.tensor(variance))
     close(ours, -log_density + BETA * rate.double().numpy(), rtol=1e-3, atol=0.1)
 
 
@@ -280,7 +286,7 @@ def test_plain_elbo_is_squared_error_plus_rate(e):
     """Without a variance: the squared error summed over pixels + beta * KL, the seed's loss."""
     error = ((e.x - e.recon).double().numpy() ** 2).sum(axis=(1, 2, 3))
     rate = kl_divergence(Normal(e.mu, (0.5 * e.logvar).exp()), Normal(0.0, 1.0)).sum(dim=1)
-    close(scores.elbo(e, 3.0), error + 3 * rate.double().numpy())
+    close(elbo(e, 3.0), error + 3 * rate.double().numpy())
 
 
 def test_the_scorer_takes_the_training_error_as_variance(setting, e, found):
@@ -303,7 +309,7 @@ def test_the_loss_is_the_score(sigma_vae):
         loss, seen = losses(model, x, BETA, None), model(x)
         error = float((seen.x - seen.recon).double().square().mean())
         variance = torch.tensor(error + 1e-6) if sigma_vae else None
-        score = scores.elbo(seen, BETA, variance).mean() / (3 * 32 * 32)
+        score = elbo(seen, BETA, variance).mean() / (3 * 32 * 32)
     assert float(loss.total) == pytest.approx(float(score), rel=1e-5)
     assert float(loss.reconstruction) == pytest.approx(error, rel=1e-4)
     assert float(loss.kl) == pytest.approx(float(scores.kl(seen).mean()), rel=1e-5)

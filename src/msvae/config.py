@@ -62,6 +62,12 @@ class ModelConfig:
         """Whether the first stage has stride 1."""
         return self.image_size <= 32 and len(self.hidden_dims) > 1
 
+    @property
+    def sides(self) -> tuple[int, ...]:
+        """Of the maps of every stage, px."""
+        first = 0 if self.keeps_resolution else 1
+        return tuple(self.image_size // 2 ** (first + i) for i in range(len(self.hidden_dims)))
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:

@@ -32,7 +32,7 @@ from msvae.progress import Progress, Silent
 from msvae.references import References
 from msvae.scorer import Scorer, Told, learn
 from msvae.table import write_quarantine
-from msvae.teach import Taught, beside_vae, companion_lesson, train_inspector
+from msvae.teach import Taught, teach_both, train_inspector
 from msvae.train import State, train
 
 REFERENCES = 1000  # training images whose thumbnails are kept
@@ -206,12 +206,14 @@ def fit_parts(
         f"{sizes['train']} images to train on, {sizes['stop']} to stop on, "
         f"{sizes['conformal']} to calibrate on; {device.type}, {config.model.image_size} px"
     )
-    lesson = companion_lesson(model, parts.train.pixels, config)
+
+    def train_vae(reached: Reached) -> State:
+        return _train(model, parts, config, folder, resume, reached, progress)
+
+    pixels = parts.train.pixels
     with heap.kept():
-        with beside_vae(model, lesson) as reached:
-            state = _train(model, parts, config, folder, resume, reached, progress)
-        learned = Taught() if lesson is None else lesson.rest(progress)
-        train_inspector(model, parts.train.pixels, parts.stop.pixels, config, progress)
+        state, learned = teach_both(model, pixels, config, train_vae, progress)
+        train_inspector(model, pixels, parts.stop.pixels, config, progress)
     if learned.gave_up:
         say(f"orders and turns say little here: the companion gave up after {learned.steps} steps")
     scoring = model.frozen(compute_type(config.train, device))

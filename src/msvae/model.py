@@ -7,6 +7,7 @@ x with imagined defects ─ inspector ─► log-odds of a defect at each pixel 
 
 from copy import deepcopy
 from itertools import pairwise, permutations
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,8 +24,6 @@ TURNS = (0, 1, 2, 3)  # quarter turns
 # down with its channels moved on by one. All 24 ways rank no better (LOG.md).
 SHOWN = ((0, 0), (4, 2))
 TOGETHER = 32  # images that the companion looks at together, at most: the cache holds their maps
-
-Verdicts = tuple[Tensor, Tensor]  # embedding (B, E), -log p of the true orders and turns (B, 2 T)
 
 LOGVAR_RANGE = (-12.0, 8.0)
 EXACT = ("to_mu", "to_logvar", "to_pixels.0", "companion.head")  # layers kept in float32
@@ -97,6 +96,22 @@ class Companion(nn.Module):
         order, turn = self.head(embedding).split((len(ORDERS), len(TURNS)), dim=1)
         return order.log_softmax(dim=1), turn.log_softmax(dim=1)
 
+    def verdicts(self, x: Tensor) -> dict[str, Any]:
+        """What it says of images: `embedding` and `pretext` of their `Evidence`.
+
+        The embedding (B, E) of the untouched image, and -log p of the orders and turns `SHOWN`,
+        (B, 2 + 2), nats.
+        """
+        x = self.reduced(x)
+        shown = [x[:, ORDERS[k]].rot90(t, dims=(2, 3)) for k, t in SHOWN]
+        if len(x) * len(SHOWN) <= TOGETHER:
+            shown = [torch.cat(shown)]
+        embedding = torch.cat([self.embed(images) for images in shown])
+        told = zip(SHOWN, *(part.chunk(len(SHOWN)) for part in self.tell(embedding)), strict=True)
+        by_task = zip(*((order[:, k], turn[:, t]) for (k, t), order, turn in told), strict=True)
+        pretext = -torch.stack([right for task in by_task for right in task], dim=1).float()
+        return {"embedding": embedding[: len(x)], "pretext": pretext}
+
 
 class Inspector(nn.Module):
     """Marks defects: a small U-Net (Ronneberger et al. 2015) from half the resolution downwards.
@@ -145,9 +160,8 @@ class VAE(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         widths, norm = config.hidden_dims, config.batch_norm
-        strides = [1 if i == 0 and config.keeps_resolution else 2 for i in range(len(widths))]
-        self.config = config
-        self.side = config.image_size // 2 ** strides.count(2)
+        strides = [a // b for a, b in pairwise((config.image_size, *config.sides))]
+        self.config, self.side = config, config.sides[-1]
         self.stages = nn.ModuleList()
         for width_in, width, stride in zip((3, *widths), widths, strides, strict=False):
             self.stages.append(_stage(width_in, width, stride, norm))
@@ -205,11 +219,11 @@ class VAE(nn.Module):
 
     def evidence(self, x: Tensor) -> Evidence:
         """All that the scores read: the VAE's pass, the inspector's and the companion's verdicts."""
-        return judged(self.inspected(x), self.verdicts(x))
+        return self.inspected(x)._replace(**self.verdicts(x))
 
-    def verdicts(self, x: Tensor) -> Verdicts | None:
+    def verdicts(self, x: Tensor) -> dict[str, Any]:
         """What the companion says of images; nothing without one."""
-        return None if self.companion is None else _verdicts(self.companion, x)
+        return {} if self.companion is None else self.companion.verdicts(x)
 
     def frozen(self, dtype: torch.dtype) -> "VAE":
         """A copy for scoring, in `dtype`: batch norms folded into their convolutions, no gradients.
@@ -228,13 +242,6 @@ class VAE(nn.Module):
             for block in blocks:
                 pack(block)
         return copy
-
-
-def judged(e: Evidence, verdicts: Verdicts | None) -> Evidence:
-    """The evidence with the companion's verdicts, if there are any."""
-    if verdicts is None:
-        return e
-    return e._replace(embedding=verdicts[0], pretext=verdicts[1])
 
 
 def of_autoencoder(name: str) -> bool:
@@ -257,18 +264,3 @@ def _cast(h: Tensor, module: nn.Module) -> Tensor:
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         return h  # there and back again would be two copies
     return h.to(next(module.parameters()).dtype)
-
-
-def _verdicts(companion: Companion, x: Tensor) -> Verdicts:
-    """The embedding (B, E) of the untouched image, and -log p of the orders and turns `SHOWN`.
-
-    (B, 2 + 2), nats.
-    """
-    x = companion.reduced(x)
-    shown = [x[:, ORDERS[k]].rot90(t, dims=(2, 3)) for k, t in SHOWN]
-    if len(x) * len(SHOWN) <= TOGETHER:
-        shown = [torch.cat(shown)]
-    embedding = torch.cat([companion.embed(images) for images in shown])
-    told = zip(SHOWN, *(part.chunk(len(SHOWN)) for part in companion.tell(embedding)), strict=True)
-    orders, turns = zip(*((order[:, k], turn[:, t]) for (k, t), order, turn in told), strict=True)
-    return embedding[: len(x)], -torch.stack(orders + turns, dim=1).float()

@@ -22,7 +22,7 @@ from msvae.fusion import Fusion, TwoSided
 from msvae.imagine import Imagination, coloured
 from msvae.maps import Moments, Rarity, ResidualMap, SpatialMap
 from msvae.metrics import auroc
-from msvae.model import ORDERS, TURNS, VAE, judged
+from msvae.model import ORDERS, TURNS, VAE
 from msvae.scores import Mahalanobis, Neighbours
 from msvae.structure import StructureMap, local_statistics, thinning
 from msvae.tensors import to_device
@@ -95,7 +95,7 @@ class Scorer:
         structure = ahead(partial(self.structure, x))
         e = model.inspected(x)
         found = _places(e, self.residual, self.spatial, lambda *_: structure())
-        return judged(e, verdicts()), self._drawn(e, found) if drawing else found
+        return e._replace(**verdicts()), self._drawn(e, found) if drawing else found
 
     def fused_map(self, found: Tensor) -> Tensor:
         """Σ w r of the maps (4, B, S, S), r how rare their values are, (B, S, S), nats.
@@ -124,11 +124,12 @@ class Scorer:
         """Every score as if nothing had been taught, and the statistics (B, 21)."""
         found = self.places(e) if found is None else found
         shares = zip(PLACES, self.shares.tolist(), strict=True)
+        error, rate = scores.reconstruction(e), scores.kl(e)
         plain = {
-            "reconstruction": scores.reconstruction(e),
+            "reconstruction": error,
             "mahalanobis": self.mahalanobis(e),
-            "kl": scores.kl(e),
-            "elbo": scores.elbo(e, self.beta, self.variance),
+            "kl": rate,
+            "elbo": scores.elbo(error, rate, e.x[0].numel(), self.beta, self.variance),
             "spread": scores.spread(e),
             **{name: maps.oddest(found[name], share) for name, share in shares},
             "order": scores.order(e),

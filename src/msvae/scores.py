@@ -34,21 +34,19 @@ def kl(e: Evidence) -> Tensor:
     return 0.5 * (e.mu.square() + e.logvar.exp() - 1 - e.logvar).sum(dim=1)
 
 
-def distortion(error: Tensor, size: int, variance: Tensor | None = None) -> Tensor:
-    """-log p(x|z) up to a constant, nats, of the mean squared error of `size` values.
+def elbo(
+    error: Tensor, rate: Tensor, size: int, beta: float, variance: Tensor | None = None
+) -> Tensor:
+    """Negative evidence lower bound: distortion + β·rate, nats, up to a constant.
 
-    It is the error summed over the values; with `variance` the decoder is a Gaussian of that
-    variance (σ-VAE, Rybkin et al. 2021).
+    `error` is the mean squared error of the `size` values of an image, `rate` its `kl`: of images
+    (B,), or the means of a batch (). The distortion, -log p(x|z), is the error summed over the
+    values; with `variance` the decoder is a Gaussian of that variance (σ-VAE, Rybkin et al. 2021).
     """
     total = error * size
-    if variance is None:
-        return total
-    return 0.5 * (total / variance + size * (variance.log() + log(2 * pi)))
-
-
-def elbo(e: Evidence, beta: float, variance: Tensor | None = None) -> Tensor:
-    """Negative evidence lower bound: distortion + β·rate, (B,), nats; its mean is the loss."""
-    return distortion(reconstruction(e), e.x[0].numel(), variance) + beta * kl(e)
+    if variance is not None:
+        total = 0.5 * (total / variance + size * (variance.log() + log(2 * pi)))
+    return total + beta * rate
 
 
 def spread(e: Evidence) -> Tensor:

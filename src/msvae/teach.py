@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -26,6 +27,8 @@ from msvae.imagine import Imagination, coloured, varied
 from msvae.model import ORDERS, TURNS, VAE, Companion
 from msvae.progress import Progress, Silent
 from msvae.train import DIVERGED, descend, generator_of, learning_rate
+
+T = TypeVar("T")
 
 # What the companion sees is shifted and mirrored, so that it does not know its images by heart.
 MOVED = AugmentConfig(flip_horizontal=True, crop=0.125)
@@ -104,6 +107,24 @@ def companion_lesson(model: VAE, pixels: Images, config: Config) -> "Lesson | No
     return Lesson(companion, loss, partial(learning_rate, config=c), plan)
 
 
+def teach_both(
+    model: VAE,
+    pixels: Images,
+    config: Config,
+    train_vae: Callable[[Reached], T],
+    progress: Progress | None = None,
+) -> tuple[T, Taught]:
+    """Teach the model's companion beside the VAE's own training, then the steps that are left.
+
+    `train_vae` trains the VAE and says before each step how many there will be with it. What it
+    returns, and what became of the companion.
+    """
+    lesson = companion_lesson(model, pixels, config)
+    with beside_vae(model, lesson) as reached:
+        done = train_vae(reached)
+    return done, Taught() if lesson is None else lesson.rest(progress)
+
+
 def beside_vae(model: VAE, lesson: "Lesson | None") -> AbstractContextManager[Reached]:
     """Within it the companion learns while the VAE does, where there are cores for both."""
     if lesson is None:
@@ -117,10 +138,7 @@ def pace(config: ModelConfig) -> float:
     A step costs about what the maps of its network hold; a little less where they are large (LOG.md
     has what was measured for images of 32 to 256 px and widths from half to twice the default's).
     """
-    sides = [config.image_size] if config.keeps_resolution else [config.image_size // 2]
-    for _ in config.hidden_dims[1:]:
-        sides.append(sides[-1] // 2)
-    maps = zip(config.hidden_dims, sides, strict=True)  # there and back, but for the full size
+    maps = zip(config.hidden_dims, config.sides, strict=True)  # there and back, but for full size
     vae = sum(w * s**2 * (1 if s == config.image_size else 2) for w, s in maps)
     side = min(config.image_size, Companion.SIDE)
     first, *others = [w * (side // 2**i) ** 2 for i, w in enumerate(Companion.WIDTHS)]

@@ -63,7 +63,7 @@ class Losses(NamedTuple):
 
 
 def losses(model: VAE, x: Tensor, beta: float, noise: Tensor | None) -> Losses:
-    """The mean ELBO of images (B, 3, S, S): `scores.elbo` with the error in one fused operation."""
+    """The mean ELBO of images (B, 3, S, S), the squared error in one fused operation."""
     e = model(x, noise)
     e = e._replace(mu=e.mu.float(), logvar=e.logvar.float())
     error, size = F.mse_loss(e.recon, x), x[0].numel()
@@ -71,8 +71,7 @@ def losses(model: VAE, x: Tensor, beta: float, noise: Tensor | None) -> Losses:
     # σ-VAE loss D/2 log(mean squared error) (Rybkin et al. 2021, eq. 6).
     variance = error.detach() + 1e-6 if model.config.sigma_vae else None
     rate = scores.kl(e).mean()
-    total = scores.distortion(error, size, variance) + beta * rate
-    return Losses(total / size, error, rate)
+    return Losses(scores.elbo(error, rate, size, beta, variance) / size, error, rate)
 
 
 def descend(optimiser: torch.optim.Optimizer, loss: Tensor, rate: float, most: float) -> None:
