@@ -175,6 +175,8 @@ def test_sizes_that_the_stages_cannot_halve_are_refused(size, stages):
     if size % 2**halvings == 0:
         model = ModelConfig(image_size=size, hidden_dims=(4,) * stages)
         assert model.keeps_resolution is (halvings < stages)
+        assert model.sides[-1] == size // 2**halvings
+        assert len(model.sides) == stages
     else:
         with pytest.raises(ConfigError, match=f"multiple of {2**halvings} for {stages} stages"):
             ModelConfig(image_size=size, hidden_dims=(4,) * stages)

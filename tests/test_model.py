@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional as F
 
 from msvae.config import PRESETS, Config, preset
-from msvae.model import LOGVAR_RANGE, ORDERS, SHOWN, TURNS, VAE
+from msvae.model import LOGVAR_RANGE, ORDERS, SHOWN, TURNS, VAE, Companion
 from msvae.packed import Packed, can_pack
 from msvae.teach import inspection_loss, pretext_loss
 from msvae.train import losses
@@ -191,6 +191,17 @@ def test_verdicts_of_the_untouched_image(model):
     order, turn = np.exp(logits[:, :6]), np.exp(logits[:, 6:])
     np.testing.assert_allclose(pretext[:, 0], -np.log(order[:, 0] / order.sum(axis=1)), rtol=1e-4)
     np.testing.assert_allclose(pretext[:, 2], -np.log(turn[:, 0] / turn.sum(axis=1)), rtol=1e-4)
+
+
+@pytest.mark.parametrize("side", [16, 32, 64, 96, 100])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_the_companion_sees_means_over_areas(side, layout):
+    """Of whole blocks of pixels and of parts of them; a small image as it is."""
+    x = torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(0))
+    small = min(side, Companion.SIDE)
+    got = Companion().reduced(x.contiguous(memory_format=layout))
+    wanted = F.adaptive_avg_pool2d(x.double(), small)
+    torch.testing.assert_close(got.double(), wanted, rtol=1e-6, atol=1e-6)
 
 
 def test_the_untouched_image_is_shown_first():

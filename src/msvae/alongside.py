@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 import torch
 
-LAG = 8  # of the caller's steps that the other training may be behind
+LAG = 3  # of the caller's steps that the other training may be behind
 Reached = Callable[[int], None]
 
 

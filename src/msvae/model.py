@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from msvae import lowered
 from msvae.config import ModelConfig
 from msvae.evidence import Evidence
 from msvae.packed import can_pack, pack
@@ -31,13 +32,13 @@ EXACT = ("to_mu", "to_logvar", "to_pixels.0", "companion.head")  # layers kept i
 
 def _stage(width_in: int, width: int, stride: int, batch_norm: bool) -> nn.Sequential:
     norm = nn.BatchNorm2d(width) if batch_norm else nn.Identity()
-    conv = nn.Conv2d(width_in, width, 3, stride, padding=1, bias=not batch_norm)
+    conv = lowered.Conv2d(width_in, width, 3, stride, padding=1, bias=not batch_norm)
     return nn.Sequential(conv, norm, nn.SiLU())
 
 
 def _stage_up(width_in: int, width: int, batch_norm: bool) -> nn.Sequential:
     norm = nn.BatchNorm2d(width) if batch_norm else nn.Identity()
-    conv = nn.ConvTranspose2d(width_in, width, 4, 2, padding=1, bias=not batch_norm)
+    conv = lowered.ConvTranspose2d(width_in, width, 4, 2, padding=1, bias=not batch_norm)
     return nn.Sequential(conv, norm, nn.SiLU())
 
 
@@ -74,9 +75,15 @@ class Companion(nn.Module):
 
     def reduced(self, x: Tensor) -> Tensor:
         """Images (B, 3, S, S) at the size that it looks at."""
-        if x.shape[-1] <= self.SIDE:
+        side, small = x.shape[-1], self.SIDE
+        if side <= small:
             return x
-        return F.interpolate(x, size=(self.SIDE, self.SIDE), mode="area")
+        if side % small:
+            return F.interpolate(x, size=(small, small), mode="area")
+        # The same for whole blocks of pixels, in half the time: rows, then columns.
+        blocks = x.permute(0, 2, 3, 1).unflatten(1, (small, -1)).flatten(3).sum(dim=2)
+        columns = blocks.unflatten(2, (small, -1, x.shape[1])).unbind(dim=3)
+        return sum(columns[1:], columns[0]).div_((side // small) ** 2).permute(0, 3, 1, 2)
 
     def embed(self, x: Tensor) -> Tensor:
         """(B, 3, S, S) in [0, 1] -> (B, E)."""
