@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from bench.material import SIDES, Material
@@ -50,6 +51,7 @@ def loop(material: Material, side: int, steps: int, epochs: int = 1) -> Once:
     decoded = material.decoded(count + held, side)
     parts = decoded.some(range(count)), decoded.some(range(count, count + held))
     model = fresh(side, torch.channels_last)
+    assert model.companion is not None
 
     def train_vae(reached: Reached) -> None:
         train(model, *parts, config, save=Keeper(material.work / "kept", {}), reached=reached)
@@ -118,12 +120,17 @@ class Files(Dataset[Tensor]):
 
 
 def textbook_loss(model: VAE, x: Tensor) -> Tensor:
-    """The losses of both networks on a batch, added."""
-    assert model.companion is not None
+    """The losses of both networks on a batch, added; images changed one by one, by plain torch."""
+    companion = model.companion
+    assert companion is not None
     orders = torch.randint(len(ORDERS), (len(x),))
     turns = torch.randint(len(TURNS), (len(x),))
     noise = torch.randn(len(x), model.config.latent_dim)
-    told = pretext_loss(model.companion, x, orders, turns)
+    small = F.interpolate(x, size=(companion.SIDE, companion.SIDE), mode="area")
+    kinds = zip(small, orders.tolist(), turns.tolist(), strict=True)
+    changed = [image[list(ORDERS[k])].rot90(t, dims=(1, 2)) for image, k, t in kinds]
+    order, turn = companion(torch.stack(changed))
+    told = F.nll_loss(order, orders) + F.nll_loss(turn, turns)
     return losses(model, x, 1.0, noise).total + told
 
 

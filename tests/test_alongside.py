@@ -148,3 +148,9 @@ def test_the_pace_is_that_of_what_the_maps_hold(side):
 
     ratio = values(VAE(config)) / values(Companion())
     assert pace(config) == pytest.approx(ratio**0.78, rel=0.1)
+
+
+@pytest.mark.parametrize(("side", "measured"), [(64, 1.33), (96, 2.40), (128, 3.68), (256, 11.0)])
+def test_the_pace_is_what_was_measured(side, measured):
+    """In both loops side by side (LOG.md), so that neither waits for the other."""
+    assert pace(Config().replace(image_size=side).model) == pytest.approx(measured, rel=0.06)

@@ -13,9 +13,11 @@ from msvae.errors import TrainingError
 from msvae.model import ORDERS
 from msvae.progress import Silent
 from msvae.teach import (
+    Taught,
     companion_lesson,
     inspector_steps,
     pretext_loss,
+    teach_both,
     train_inspector,
     transform,
     upright,
@@ -151,6 +153,28 @@ def test_a_model_without_a_companion_is_left_alone():
     assert companion_lesson(built(SMALL), TRAIN, SMALL) is None
 
 
+@pytest.mark.parametrize("asked", [3, 1000])
+def test_both_are_taught_whoever_ends_first(asked):
+    """The companion takes all its steps, beside the VAE or afterwards."""
+    model = built(WITH_COMPANION)
+
+    def train_vae(reached):
+        for step in range(1, asked + 1):
+            reached(step)
+        return "done"
+
+    done, learned = teach_both(model, tinted(24, 1), WITH_COMPANION, train_vae)
+    alone = companion_lesson(built(WITH_COMPANION), tinted(24, 1), WITH_COMPANION).rest()
+    assert done == "done"
+    assert learned.steps == alone.steps == 120
+    assert not model.companion.training
+
+
+def test_the_vae_is_taught_without_a_companion():
+    """Nothing became of the one that is not there."""
+    assert teach_both(built(SMALL), TRAIN, SMALL, lambda reached: reached(1)) == (None, Taught())
+
+
 def test_transform_by_numpy():
     """Image by image: the k-th channel order, then so many quarter turns."""
     x = torch.rand(24, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -159,3 +183,4 @@ def test_transform_by_numpy():
     for i in range(24):
         shown = np.rot90(x[i].numpy()[list(ORDERS[orders[i]])], int(turns[i]), (1, 2))
         np.testing.assert_array_equal(out[i], shown)
+    assert transform(x, orders, turns).is_contiguous(memory_format=torch.channels_last)

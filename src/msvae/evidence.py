@@ -1,6 +1,6 @@
 """What one forward pass tells of a batch: the value that flows from the model to every score."""
 
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict
 
 from torch import Tensor
 
@@ -16,3 +16,10 @@ class Evidence(NamedTuple):
     embedding: Tensor  # (B, E) what the nearest-neighbour score compares
     inspection: Tensor  # (B, H, W) log-odds of a defect at each pixel; (B, 0, 0) without inspector
     pretext: Tensor  # (B, 2 T) -log p of T true orders, T true turns, nats; T = 0: no companion
+
+
+class Verdicts(TypedDict, total=False):
+    """What the companion adds to the evidence; nothing where there is none."""
+
+    embedding: Tensor
+    pretext: Tensor

@@ -7,7 +7,6 @@ x with imagined defects ─ inspector ─► log-odds of a defect at each pixel 
 
 from copy import deepcopy
 from itertools import pairwise, permutations
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +15,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from msvae import lowered
 from msvae.config import ModelConfig
-from msvae.evidence import Evidence
+from msvae.evidence import Evidence, Verdicts
 from msvae.packed import can_pack, pack
 
 ORDERS = tuple(permutations(range(3)))  # ORDERS[0] leaves the channels as they are
@@ -103,20 +102,17 @@ class Companion(nn.Module):
         order, turn = self.head(embedding).split((len(ORDERS), len(TURNS)), dim=1)
         return order.log_softmax(dim=1), turn.log_softmax(dim=1)
 
-    def verdicts(self, x: Tensor) -> dict[str, Any]:
-        """What it says of images: `embedding` and `pretext` of their `Evidence`.
-
-        The embedding (B, E) of the untouched image, and -log p of the orders and turns `SHOWN`,
-        (B, 2 + 2), nats.
-        """
+    def verdicts(self, x: Tensor) -> Verdicts:
+        """The embedding (B, E) of untouched images, -log p of the `SHOWN` orders and turns, nats."""
         x = self.reduced(x)
         shown = [x[:, ORDERS[k]].rot90(t, dims=(2, 3)) for k, t in SHOWN]
         if len(x) * len(SHOWN) <= TOGETHER:
             shown = [torch.cat(shown)]
         embedding = torch.cat([self.embed(images) for images in shown])
         told = zip(SHOWN, *(part.chunk(len(SHOWN)) for part in self.tell(embedding)), strict=True)
-        by_task = zip(*((order[:, k], turn[:, t]) for (k, t), order, turn in told), strict=True)
-        pretext = -torch.stack([right for task in by_task for right in task], dim=1).float()
+        right = ((order[:, k], turn[:, t]) for (k, t), order, turn in told)
+        orders, turns = zip(*right, strict=True)
+        pretext = -torch.stack([*orders, *turns], dim=1).float()
         return {"embedding": embedding[: len(x)], "pretext": pretext}
 
 
@@ -228,7 +224,7 @@ class VAE(nn.Module):
         """All that the scores read: the VAE's pass, the inspector's and the companion's verdicts."""
         return self.inspected(x)._replace(**self.verdicts(x))
 
-    def verdicts(self, x: Tensor) -> dict[str, Any]:
+    def verdicts(self, x: Tensor) -> Verdicts:
         """What the companion says of images; nothing without one."""
         return {} if self.companion is None else self.companion.verdicts(x)
 

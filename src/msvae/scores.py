@@ -1,9 +1,9 @@
 """Scores, Evidence -> (B,), and statistics, Evidence -> (B, K).
 
-A score is higher the more anomalous the image is. A statistic has no direction: the fusion reads
-it two-sidedly. A score that needs normal images first is a frozen dataclass with `fit`; the others
-are plain functions. To add one: write the function, its line in `Scorer._read`, and its words
-in `wording.ABOUT` and `wording.EXTREMES`.
+A score is higher the more anomalous the image is; `elbo` joins two of them. A statistic has no
+direction: the fusion reads it two-sidedly. A score that needs normal images first is a frozen
+dataclass with `fit`; the others are plain functions. To add one: write the function, its line in
+`Scorer._read`, and its words in `wording.ABOUT` and `wording.EXTREMES`.
 """
 
 from collections.abc import Callable
@@ -37,11 +37,12 @@ def kl(e: Evidence) -> Tensor:
 def elbo(
     error: Tensor, rate: Tensor, size: int, beta: float, variance: Tensor | None = None
 ) -> Tensor:
-    """Negative evidence lower bound: distortion + β·rate, nats, up to a constant.
+    """Negative evidence lower bound: distortion + β·rate, nats.
 
     `error` is the mean squared error of the `size` values of an image, `rate` its `kl`: of images
-    (B,), or the means of a batch (). The distortion, -log p(x|z), is the error summed over the
-    values; with `variance` the decoder is a Gaussian of that variance (σ-VAE, Rybkin et al. 2021).
+    (B,), or the means of a batch (). The distortion is the error summed over the values, which is
+    -log p(x|z) up to a constant; with `variance` it is that of a Gaussian decoder of this variance
+    (σ-VAE, Rybkin et al. 2021).
     """
     total = error * size
     if variance is not None:

@@ -121,8 +121,8 @@ def teach_both(
 ) -> tuple[T, Taught]:
     """Teach the model's companion beside the VAE's own training, then the steps that are left.
 
-    `train_vae` trains the VAE and says before each step how many there will be with it. What it
-    returns, and what became of the companion.
+    `train_vae` trains the VAE and says before each step how many there will be with it. Returns
+    what that returns, and what became of the companion.
     """
     lesson = companion_lesson(model, pixels, config)
     with beside_vae(model, lesson) as reached:
@@ -140,8 +140,8 @@ def beside_vae(model: VAE, lesson: "Lesson | None") -> AbstractContextManager[Re
 def pace(config: ModelConfig) -> float:
     """Steps of the companion that take about as long as one of the VAE, on as many cores.
 
-    A step costs about what the maps of its network hold; a little less where they are large (LOG.md
-    has what was measured for images of 32 to 256 px and widths from half to twice the default's).
+    A step costs what the maps of its network hold, to a power: measured in both loops at 64 to
+    256 px (LOG.md).
     """
     maps = zip(config.hidden_dims, config.sides, strict=True)  # there and back, but for full size
     vae = sum(w * s**2 * (1 if s == config.image_size else 2) for w, s in maps)
