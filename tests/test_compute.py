@@ -7,7 +7,15 @@ import numpy as np
 import pytest
 import torch
 
-from msvae.compute import BATCH, batch_of, compute_type, in_parallel, to_batch
+from msvae.compute import (
+    BATCH,
+    batch_of,
+    compute_type,
+    in_parallel,
+    shares,
+    to_batch,
+    workers_on,
+)
 from msvae.config import Config
 
 CPU = torch.device("cpu")
@@ -70,6 +78,25 @@ def test_an_error_reaches_the_caller():
 def test_larger_images_come_fewer_at_a_time(side, count):
     """As many as hold the pixels of 64 images of 64 px, and at least one."""
     assert batch_of(side) == count
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 16, 17, 241, 1000])
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_images_are_shared_out_evenly(count, workers):
+    """All of them in order, no share larger than allowed, and for each worker as many as even."""
+    found = shares(count, 16, workers)
+    assert [i for share in found for i in share] == list(range(count))
+    sizes = [len(share) for share in found]
+    assert max(sizes) <= 16
+    assert max(sizes) - min(sizes) <= 1
+    assert len(found) == count or len(found) % workers == 0
+    assert len(found) < count / 16 + workers  # no more than that needs
+
+
+def test_on_a_gpu_one_batch_comes_after_the_other(two_threads):
+    """It shares out its work itself; a CPU has a batch for each core."""
+    assert workers_on(torch.device("cuda")) == 1
+    assert workers_on(CPU) == 2
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])

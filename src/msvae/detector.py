@@ -20,7 +20,15 @@ from torch import Tensor
 from msvae import explain, references, store
 from msvae.beside import spread
 from msvae.calibration import Calibration, Decision, needed, rank
-from msvae.compute import batch_of, choose_device, compute_type, in_parallel, to_batch
+from msvae.compute import (
+    batch_of,
+    choose_device,
+    compute_type,
+    in_parallel,
+    shares,
+    to_batch,
+    workers_on,
+)
 from msvae.config import Config, from_dict
 from msvae.data.cache import decoders
 from msvae.data.images import Pixels, Source, load_image, name_of
@@ -162,12 +170,10 @@ class Detector:
             except ImageError as error:
                 return error
 
-        size = batch_of(c.image_size)
+        chunks = shares(len(sources), batch_of(c.image_size), workers_on(self.device))
         with ThreadPoolExecutor(decoders()) as pool:
             # a thread would take longer to start than a single image to decode
             spread = pool.map if len(sources) > 1 else map
-            starts = range(0, len(sources), size)
-            chunks = [range(s, min(s + size, len(sources))) for s in starts]
             ahead = [spread(one, chunks[0])]
             ticks = iter(progress.track(range(len(sources)), "scoring", len(sources)))
             for i, chunk in enumerate(chunks):
