@@ -80,17 +80,21 @@ def test_larger_images_come_fewer_at_a_time(side, count):
     assert batch_of(side) == count
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 16, 17, 241, 1000])
+@pytest.mark.parametrize("count", [1, 2, 3, 16, 17, 32, 96, 241, 1000])
 @pytest.mark.parametrize("workers", [1, 2, 3])
 def test_images_are_shared_out_evenly(count, workers):
-    """All of them in order, no share larger than allowed, and for each worker as many as even."""
+    """All of them in order, full shares first, as many for each worker; the rest evenly."""
     found = shares(count, 16, workers)
     assert [i for share in found for i in share] == list(range(count))
     sizes = [len(share) for share in found]
-    assert max(sizes) <= 16
-    assert max(sizes) - min(sizes) <= 1
-    assert len(found) == count or len(found) % workers == 0
-    assert len(found) < count / 16 + workers  # no more than that needs
+    full, rest = (
+        sizes[: count // (16 * workers) * workers],
+        sizes[count // (16 * workers) * workers :],
+    )
+    assert set(full) <= {16}
+    assert sum(rest) < 16 * workers
+    assert len(rest) == min(workers, sum(rest))
+    assert not rest or max(rest) - min(rest) <= 1
 
 
 def test_on_a_gpu_one_batch_comes_after_the_other(two_threads):

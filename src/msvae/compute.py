@@ -58,13 +58,15 @@ def workers_on(device: torch.device) -> int:
 
 
 def shares(count: int, most: int, workers: int) -> list[range]:
-    """`count` images in ranges of `most` at most, as even as may be, as many for each worker.
+    """`count` images in ranges of `most`, the rest of them evenly, one range for each worker.
 
-    Otherwise the last range keeps one worker busy while the others have nothing left to do.
+    Otherwise the last range keeps one worker busy while the others have nothing left to do. All of
+    one size but those: batches that differ by one image would leave the memory in pieces.
     """
-    pieces = min(-(-count // (most * workers)) * workers, count)
-    edges = [count * i // pieces for i in range(pieces + 1)]
-    return [range(a, b) for a, b in pairwise(edges)]
+    full = count - count % (most * workers)
+    pieces = min(workers, count - full)
+    rest = [full + (count - full) * i // max(pieces, 1) for i in range(pieces + 1)]
+    return [range(a, b) for a, b in pairwise([*range(0, full, most), *rest])]
 
 
 def in_parallel(
