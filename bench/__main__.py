@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from bench import memory, peers, scoring, training
+from bench import gpu, memory, peers, scoring, training
 from bench.material import Material, prepare
 from bench.rows import Row
 from msvae.files import write_json
@@ -24,6 +24,7 @@ Part = Callable[[Material, dict[str, peers.Peer]], Iterator[Row]]
 PARTS: dict[str, Part] = {
     "training": training.rows,
     "scoring": scoring.rows,
+    "gpu": gpu.rows,
     "memory": lambda material, _: memory.rows(material),
 }
 

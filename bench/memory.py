@@ -102,7 +102,7 @@ def calibrate_large(count: str) -> dict[str, float]:
     model = VAE(config.model).to(device).frozen(compute_type(config.train, device))
 
     def given() -> Iterator[torch.Tensor]:
-        return (to_batch(b, device) for b in batches(images, Silent(), ""))
+        return (to_batch(b, device) for b in batches(images, device, Silent(), ""))
 
     def work() -> None:
         with torch.no_grad():

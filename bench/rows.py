@@ -56,12 +56,13 @@ def interleaved(contestants: Mapping[str, Once], rounds: int) -> dict[str, list[
     return told
 
 
-def timed(work: Callable[[], object]) -> Once:
-    """Seconds that the work takes."""
+def timed(work: Callable[[], object], settle: Callable[[], object] = lambda: None) -> Once:
+    """Seconds that the work takes, until it has settled: a GPU works on behind Python's back."""
 
     def once() -> float:
         began = time.perf_counter()
         work()
+        settle()
         return time.perf_counter() - began
 
     return once

@@ -12,6 +12,7 @@ import torch
 from bench.material import SIDES, Material
 from bench.peers import Peer
 from bench.rows import Row, compared, interleaved, rates, timed
+from bench.training import settle
 from msvae.compute import batch_of, to_batch
 from msvae.data.images import load_image
 from msvae.detector import Detector
@@ -26,18 +27,18 @@ def rows(material: Material, peers: dict[str, Peer]) -> Iterator[Row]:
     """Every row about scoring."""
     for side in SIDES:
         detector = material.detector(side)
-        yield _against_ideal(material, detector, side)
+        yield against_ideal(material, detector, side)
         yield from _against_peers(material, detector, side, peers)
         yield _one_image(material, detector, side)
     yield _cold(material)
     yield _help()
 
 
-def _against_ideal(material: Material, detector: Detector, side: int) -> Row:
+def against_ideal(material: Material, detector: Detector, side: int) -> Row:
     """Scoring files against decoding on every core and then computing on every core."""
     paths, cores = list(material.photographs), torch.get_num_threads()
     decoded = [load_image(path, side) for path in paths]
-    size = batch_of(side)
+    size = batch_of(side, detector.device)
     batches = [np.stack(decoded[i : i + size]) for i in range(0, len(decoded), size)]
     told = interleaved(
         {
@@ -100,7 +101,7 @@ def _one_image(material: Material, detector: Detector, side: int) -> Row:
     told = interleaved(
         {
             "score": timed(lambda: [detector.score(path) for _ in range(WARM)]),
-            "forward": timed(lambda: [forward() for _ in range(WARM)]),
+            "forward": timed(lambda: [forward() for _ in range(WARM)], settle),
         },
         ROUNDS,
     )

@@ -1,7 +1,7 @@
 """Training: the real loop against a bare step, against the textbook's loop, against pythae."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,22 +36,28 @@ def settings(side: int, epochs: int = 1) -> Config:
     return Config().replace(image_size=side, epochs=epochs, companion_epochs=epochs, min_steps=0)
 
 
-def fresh(side: int, memory: torch.memory_format) -> VAE:
+def fresh(config: Config, memory: torch.memory_format) -> VAE:
     """A model with random weights, in training mode."""
     torch.manual_seed(0)
-    model = VAE(settings(side).model).to(choose_device())
+    model = VAE(config.model).to(choose_device())
     return model.to(memory_format=memory).train()  # type: ignore[call-overload]
 
 
-def loop(material: Material, side: int, steps: int, epochs: int = 1) -> Once:
-    """Seconds of both loops side by side on the decoded cache, with stop loss and checkpoints."""
-    config = settings(side, epochs)
-    count = steps * config.train.batch_size
+def settle() -> None:
+    """Wait for the GPU, where there is one."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def loop(material: Material, config: Config, steps: int) -> Once:
+    """Seconds of the loops, side by side on a CPU, on the decoded cache, with stop loss and
+    checkpoints.
+    """
+    side, count = config.model.image_size, steps * config.train.batch_size
     held = round(STOP_SHARE * count)
     decoded = material.decoded(count + held, side)
     parts = decoded.some(range(count)), decoded.some(range(count, count + held))
-    model = fresh(side, torch.channels_last)
-    assert model.companion is not None
+    model = fresh(config, torch.channels_last)
 
     def train_vae(reached: Reached) -> None:
         train(model, *parts, config, save=Keeper(material.work / "kept", {}), reached=reached)
@@ -60,29 +66,44 @@ def loop(material: Material, side: int, steps: int, epochs: int = 1) -> Once:
         with heap.kept():
             teach_both(model, parts[0], config, train_vae)
 
-    return timed(both)
+    return timed(both, settle)
 
 
-def bare(side: int, steps: int) -> Once:
+def bare(config: Config, steps: int) -> Once:
     """Seconds of forward, backward and optimiser on one tensor that never changes.
 
     Of the VAE, then of the companion. No decoding, no augmentation, no clipping, no logging: what
     the arithmetic alone takes.
     """
-    model = fresh(side, torch.channels_last)
-    trainer = Trainer(model, settings(side), steps * 32)
-    companion = model.companion
-    assert companion is not None
-    other = torch.optim.AdamW(companion.parameters(), lr=1e-3, fused=True)
-    x = _batch(side, trainer.device)
-    small = companion.reduced(x)
-    noise = torch.randn(len(x), model.config.latent_dim, device=trainer.device)
-    same = torch.zeros(len(x), dtype=torch.long, device=trainer.device)
+    each = bare_steps(config)
+
+    def both() -> None:
+        for one in each:
+            for _ in range(steps):
+                one()
+
+    return timed(both, settle)
+
+
+def bare_steps(config: Config) -> list[Callable[[], None]]:
+    """A step of the VAE; one of the companion, where there is one."""
+    model = fresh(config, torch.channels_last)
+    trainer = Trainer(model, config, config.train.batch_size)
+    companion, device = model.companion, trainer.device
+    size, side = config.train.batch_size, config.model.image_size
+    pixels = np.random.default_rng(0).integers(0, 256, (size, side, side, 3), dtype=np.uint8)
+    x = to_batch(pixels, device)
+    noise = torch.randn(size, config.model.latent_dim, device=device)
 
     def step() -> None:
         trainer.optimiser.zero_grad(set_to_none=True)
         trainer.losses(x, noise).total.backward()
         trainer.optimiser.step()
+
+    if companion is None:
+        return [step]
+    other = torch.optim.AdamW(companion.parameters(), lr=1e-3, fused=True)
+    small, same = companion.reduced(x), torch.zeros(size, dtype=torch.long, device=device)
 
     def companion_step() -> None:
         with trainer.precision:
@@ -91,17 +112,7 @@ def bare(side: int, steps: int) -> Once:
         loss.backward()
         other.step()
 
-    def both() -> None:
-        for one in (step, companion_step):
-            for _ in range(steps):
-                one()
-
-    return timed(both)
-
-
-def _batch(side: int, device: torch.device) -> Tensor:
-    pixels = np.random.default_rng(0).integers(0, 256, (32, side, side, 3), dtype=np.uint8)
-    return to_batch(pixels, device)
+    return [step, companion_step]
 
 
 class Files(Dataset[Tensor]):
@@ -136,7 +147,7 @@ def textbook_loss(model: VAE, x: Tensor) -> Tensor:
 
 def textbook(photographs: tuple[Path, ...], side: int, steps: int) -> Once:
     """Seconds of the same model in float32, contiguous, fed from the photographs by a DataLoader."""
-    model = fresh(side, torch.contiguous_format)
+    model = fresh(settings(side), torch.contiguous_format)
     optimiser = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=1e-4)
     paths = photographs * (steps * 32 // len(photographs) + 1)
     loader = DataLoader(
@@ -157,8 +168,8 @@ def rows(material: Material, peers: dict[str, Peer]) -> Iterator[Row]:
     for side in SIDES:
         steps, slow = EPOCHS * STEPS[side], SLOW_STEPS[side]
         count = steps * 32
-        real = loop(material, side, STEPS[side], EPOCHS)
-        told = interleaved({"loop": real, "bare": bare(side, steps)}, ROUNDS)
+        real = loop(material, settings(side, EPOCHS), STEPS[side])
+        told = interleaved({"loop": real, "bare": bare(settings(side), steps)}, ROUNDS)
         yield compared(
             f"train {side} px, loop against bare step",
             rates(told["loop"], count),

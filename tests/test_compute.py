@@ -77,7 +77,7 @@ def test_an_error_reaches_the_caller():
 @pytest.mark.parametrize(("side", "count"), [(32, BATCH), (64, 64), (128, 16), (256, 4), (1024, 1)])
 def test_larger_images_come_fewer_at_a_time(side, count):
     """As many as hold the pixels of 64 images of 64 px, and at least one."""
-    assert batch_of(side) == count
+    assert batch_of(side, CPU) == count
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 16, 17, 32, 96, 241, 1000])

@@ -165,7 +165,7 @@ def measure(
     """One protocol judged: the first look at the test part, after the run is frozen."""
 
     def scored(pixels: Images, task: str) -> dict[str, Any]:
-        return detector.run(batches(pixels, progress, task))[0]
+        return detector.run(batches(pixels, detector.device, progress, task))[0]
 
     began = time.perf_counter()
     normal = scored(data.test_normal.pixels, "scoring normals")

@@ -170,7 +170,7 @@ class Detector:
             except ImageError as error:
                 return error
 
-        chunks = shares(len(sources), batch_of(c.image_size), workers_on(self.device))
+        chunks = shares(len(sources), batch_of(c.image_size, self.device), workers_on(self.device))
         with ThreadPoolExecutor(decoders()) as pool:
             # a thread would take longer to start than a single image to decode
             spread = pool.map if len(sources) > 1 else map

@@ -287,7 +287,7 @@ def told(
 ) -> Told:
     """What feedback learns from, and is applied to: features (N, F) and fused scores (N,)."""
     device = next(model.parameters()).device
-    given = batches(pixels, progress or Silent(), task)
+    given = batches(pixels, device, progress or Silent(), task)
     return scorer.told(model.evidence(to_batch(batch, device)) for batch in given)
 
 
@@ -311,13 +311,17 @@ def calibrate_pixels(model: VAE, scorer: Any, pixels: Images, progress: Progress
         for name, drawn in found.items():
             peaks.setdefault(name, []).append(drawn.max(axis=(1, 2)).astype(np.float64))
 
-    scores, _ = run(model, scorer, batches(pixels, progress, "calibrating"), each=keep)
+    device = next(model.parameters()).device
+    given = batches(pixels, device, progress, "calibrating")
+    scores, _ = run(model, scorer, given, each=keep)
     return Calibration(scores, {k: np.concatenate(v) for k, v in peaks.items()})
 
 
-def batches(pixels: Images, progress: Progress, task: str) -> Iterator[Pixels]:
-    """The pixels, as many at a time as are scored together, with progress."""
-    size = batch_of(pixels[:1].shape[1])
+def batches(
+    pixels: Images, device: torch.device, progress: Progress, task: str
+) -> Iterator[Pixels]:
+    """The pixels, as many at a time as are scored together on the device, with progress."""
+    size = batch_of(pixels[:1].shape[1], device)
     starts = range(0, len(pixels), size)
     for first in progress.track(starts, task, len(starts)):
         yield pixels[first : first + size]
@@ -422,9 +426,9 @@ def _learn(model: VAE, parts: Parts, config: Config, progress: Progress) -> Any:
             model,
             lambda: (
                 to_batch(b, device)
-                for b in batches(parts.train.pixels, progress, "learning scores")
+                for b in batches(parts.train.pixels, device, progress, "learning scores")
             ),
-            lambda: (to_batch(b, device) for b in batches(parts.stop.pixels, Silent(), "")),
+            lambda: (to_batch(b, device) for b in batches(parts.stop.pixels, device, Silent(), "")),
             count=len(parts.train.names),
             alpha=config.decide.alpha,
             beta=config.train.beta,
@@ -438,7 +442,7 @@ def _references(model: VAE, scorer: Any, part: Part) -> References:
     device = next(model.parameters()).device
     latents, thumbs, fused = [], [], []
     with torch.no_grad():
-        for batch in batches(pixels, Silent(), "references"):
+        for batch in batches(pixels, device, Silent(), "references"):
             x = to_batch(batch, device)
             e = model.evidence(x)
             latents.append(e.mu.cpu())

@@ -49,7 +49,7 @@ class Imagination:
     def __call__(self, x: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Spoilt copies of images (B, 3, S, S) in [0, 1], and where they were changed, (B, S, S)."""
         b, side = len(x), x.shape[-1]
-        mask = _taken(self.masks, b, generator).to(x.device)
+        mask = _taken(self.masks, b, generator)
         if mask.shape[-1] != side:
             mask = F.interpolate(mask, size=(side, side), mode="bilinear", align_corners=False)
         filled = self._fill(x, mask, generator)
@@ -72,11 +72,11 @@ class Imagination:
         room = torch.where(brighter < 0.5, 1 - grey, -grey)
         tint = torch.rand(b, 3, 1, 1, generator=generator) - 0.5
         tint = tint * (_uniform(b, generator) < 0.5) * 0.5 * self.colour
-        noise = _taken(self.noises, b, generator) * 0.25 * _uniform(b, generator)
+        noise = _taken(self.noises, b, generator) * 0.25 * _uniform(b, generator).to(x.device)
         own = (x - mean) * _uniform(b, generator).to(x.device)
         kind = torch.randint(6, (b, 1, 1, 1), generator=generator).to(x.device)
         texture = torch.where(kind == 2, other - other_mean, torch.zeros_like(x))
-        texture = torch.where(kind == 3, noise.to(x.device), texture)
+        texture = torch.where(kind == 3, noise, texture)
         texture = torch.where(kind == 4, own, texture)
         painted = mean + texture + (0.25 + 0.75 * size) * room + tint.to(x.device)
         return torch.where(kind == 5, other, painted.clamp(0, 1))

@@ -279,7 +279,9 @@ def _imagined(held: Batches, count: int) -> Iterator[Tensor]:
                 continue
             if len(x) < FOURS:
                 x = x.repeat(FOURS, 1, 1, 1)
-            imagination = imagination or Imagination.prepare(x.shape[-1], with_colour, gen)
+            if imagination is None:
+                drawn = Imagination.prepare(x.shape[-1], with_colour, gen)
+                imagination = to_device(drawn, x.device)
             spoilt, mask = imagination(x, gen)
             shown = mask.flatten(1).any(dim=1)
             if shown.any():

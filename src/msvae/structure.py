@@ -26,7 +26,8 @@ WINDOW = 1 / 64  # standard deviation of the window, as a share of the side
 FLOOR = 1e-5  # squared intensity: below it is the noise of 8 bits
 RIDGE = 0.05
 BLOCK = 1 << 19  # distances computed at a time
-MANY = 512  # places: with fewer of them bfloat16 gains nothing
+GPU_BLOCK = 1 << 28  # on a GPU
+MANY = 512  # places: with fewer of them bfloat16 gains nothing on a CPU
 TILE = 16  # columns that are multiplied at a time
 SELF = 1e-3  # two pictures that are alike to this are the same one
 
@@ -138,20 +139,25 @@ class StructureMap:
         if leave_out:
             gaps = gaps.masked_fill(gaps < SELF * told.shape[1] ** 0.5, torch.inf)
         near, alike = gaps.topk(min(ALIKE, gaps.shape[1]), dim=1, largest=False)
-        others = list(alike)
-        if leave_out:
-            pairs = zip(alike, near, strict=True)
-            others = [a[d.isfinite()] if d.isfinite().any() else a for a, d in pairs]
-        if self.places.shape[1] >= MANY and low_pays(statistics.device):
+        # Instead of one that is left out the most alike one comes twice, which changes nothing.
+        alike = torch.where(near.isinf(), alike[:, :1], alike)
+        square = self._least_squares(queries, alike).unflatten(1, statistics.shape[2:])
+        return (square.clamp_min(0) + 1e-8).sqrt()
+
+    def _least_squares(self, queries: Tensor, alike: Tensor) -> Tensor:
+        """Of whitened places (B, L, D) to the nearest of the images `alike` (B, A), (B, L)."""
+        device = queries.device
+        if device.type != "cpu" and low_pays(device):
+            return _least_products(_low(queries, queries=True), self.low, alike)
+        if self.places.shape[1] >= MANY and low_pays(device):
             asked = _low(queries, queries=True)
             # One image of the bank after the other as it lies there: copied together they would
             # take a fifth longer.
-            banks = ([self.low[i] for i in a.tolist()] for a in others)
+            banks = ([self.low[i] for i in a.tolist()] for a in alike)
             rows = [_least_product(q, b) for q, b in zip(asked, banks, strict=True)]
         else:
-            rows = [_nearest(q, self.places[a]) for q, a in zip(queries, others, strict=True)]
-        square = torch.stack(rows).unflatten(1, statistics.shape[2:])
-        return (square.clamp_min(0) + 1e-8).sqrt()
+            rows = [_nearest(q, self.places[a]) for q, a in zip(queries, alike, strict=True)]
+        return torch.stack(rows)
 
     @cached_property
     @torch.inference_mode(mode=False)
@@ -195,6 +201,20 @@ def _nearest(queries: Tensor, places: Tensor) -> Tensor:
     bank = places.flatten(0, 1).to(queries.dtype)
     bank = torch.cat([-2 * bank, bank.square().sum(dim=1, keepdim=True)], dim=1)
     return _least_product(F.pad(queries, (0, 1), value=1.0), [bank]) + queries.square().sum(dim=1)
+
+
+def _least_products(queries: Tensor, bank: Tensor, alike: Tensor) -> Tensor:
+    """The same of many images (B, L, K) on a GPU, each with the images `alike` (B, A) of the bank
+    (M, L', K), (B, L): a few large products instead of many small ones, which it would wait for.
+    """
+    distances = queries.shape[1] * alike.shape[1] * bank.shape[1]
+    size = max(GPU_BLOCK // distances, 1)
+    return torch.cat(
+        [
+            torch.bmm(q, bank[a].flatten(1, 2).mT).amin(dim=2).float()
+            for q, a in zip(queries.split(size), alike.split(size), strict=True)
+        ]
+    )
 
 
 def _least_product(queries: Tensor, banks: Sequence[Tensor]) -> Tensor:

@@ -26,6 +26,7 @@ from msvae.errors import TrainingError
 from msvae.imagine import Imagination, coloured, varied
 from msvae.model import ORDERS, TURNS, VAE, Companion
 from msvae.progress import Progress, Silent
+from msvae.tensors import to_device
 from msvae.train import DIVERGED, descend, generator_of, learning_rate
 
 T = TypeVar("T")
@@ -167,7 +168,7 @@ def upright(model: VAE, pixels: Images) -> bool:
 def _some(pixels: Images, device: torch.device) -> Iterator[Tensor]:
     """Batches (B, 3, S, S) of at most `ASKED` of the pixels, evenly drawn."""
     rows = np.arange(0, len(pixels), -(-len(pixels) // ASKED))
-    size = batch_of(pixels[:1].shape[1])
+    size = batch_of(pixels[:1].shape[1], device)
     for first in range(0, len(rows), size):
         yield to_batch(pixels[rows[first : first + size]], device)
 
@@ -199,7 +200,8 @@ def train_inspector(
         return
     device, gen = next(model.parameters()).device, generator_of(c.seed, -2)
     precision = autocast(c, device)
-    imagination = Imagination.prepare(side, coloured(_some(pixels, device)), gen)
+    drawn = Imagination.prepare(side, coloured(_some(pixels, device)), gen)
+    imagination = to_device(drawn, device)
     rows = _endless(len(pixels), 32 if side <= 64 else 16, gen)
     lying = not upright(model, stop)
 
