@@ -28,6 +28,7 @@ from msvae.scorer import PLACES
 from msvae.table import ScoreTable
 from msvae.teach import Lesson
 from msvae.train import Trainer
+from small import SAME_BITS
 
 CONFIG = Config().replace(
     image_size=32,
@@ -97,6 +98,7 @@ def test_a_copied_run_serves(loaded, run_folder, tmp_path):
     same(loaded.score(NEW[:3]), load(str(tmp_path / "copy")).score(NEW[:3]))
 
 
+@SAME_BITS
 def test_fitting_twice_gives_the_same_detector(fitted):
     """The images and the settings decide everything."""
     same(fitted.score(NEW), fit(NORMAL, config=CONFIG).score(NEW))
@@ -401,6 +403,7 @@ class Impatient:
         """Nothing."""
 
 
+@SAME_BITS
 @pytest.mark.parametrize("beside", [None, 1, 9])
 def test_a_killed_fit_resumes_bit_equal(tmp_path, two_threads, beside):
     """After Ctrl-C there is no run, but a checkpoint; resumed, it is as if nothing had happened.
@@ -427,6 +430,7 @@ def test_a_killed_fit_resumes_bit_equal(tmp_path, two_threads, beside):
     assert whole_bytes == bytes_
 
 
+@SAME_BITS
 def test_a_fit_killed_in_the_companions_loop_keeps_the_vae(tmp_path, monkeypatch, two_threads):
     """However seldom checkpoints are written: resumed, no epoch of the VAE is trained again."""
     config = CONFIG.replace(companion=True, companion_epochs=1, epochs=3, min_steps=0)

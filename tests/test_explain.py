@@ -235,7 +235,7 @@ def test_gradcam_needs_the_learned_weights(detector, images, cams, name):
         f"gradcam_{name}"
     ]
     agreement = [
-        stats.spearmanr(a.flatten().numpy(), b.flatten().numpy()).statistic
+        stats.spearmanr(a.flatten().cpu(), b.flatten().cpu()).statistic
         for a, b in zip(cams[f"gradcam_{name}"], others, strict=True)
     ]
     assert np.nanmedian(agreement) < 0.8
@@ -388,9 +388,9 @@ def test_the_level_is_one_percent_from_99_images_on(detector, images, n, rate):
 
 def test_the_nearest_are_those_of_the_whitened_latents(detector, evidence, explained):
     """Names, order and distances by numpy, over all references."""
-    r, whiten = detector.references, detector.scorer.mahalanobis.whiten.double().numpy()
+    r, whiten = detector.references, detector.scorer.mahalanobis.whiten.double().cpu().numpy()
     precision = whiten @ whiten.T
-    for e, mu in zip(explained, evidence.mu.double().numpy(), strict=True):
+    for e, mu in zip(explained, evidence.mu.double().cpu().numpy(), strict=True):
         gaps = r.latents.double().numpy() - mu
         distances = np.sqrt(np.einsum("ij,jk,ik->i", gaps, precision, gaps))
         order = np.argsort(distances)[:4]

@@ -63,9 +63,10 @@ def test_deletion_by_hand(detector, spoilt, figures):
     moves = torch.randint(1, SIDE, (len(pixels), 2), generator=gen).tolist()
 
     def fall(i, gone, name):
-        x = torch.from_numpy(pixels[i : i + 1]).permute(0, 3, 1, 2).float() / 255
+        x = torch.from_numpy(pixels[i : i + 1]).permute(0, 3, 1, 2).to(detector.device) / 255
         with torch.inference_mode():
-            seen = torch.where(torch.from_numpy(gone), detector.model(x).recon, x)
+            there = torch.from_numpy(gone).to(x.device)
+            seen = torch.where(there, detector.model(x).recon, x)
             after = detector.scorer(detector.model.evidence(seen))[name]
         return scores[name][i] - float(after)
 

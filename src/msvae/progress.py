@@ -1,5 +1,7 @@
 """How long work reports itself without printing: the caller hands in a `Progress`."""
 
+import math
+import time
 from collections.abc import Iterable, Iterator
 from typing import Protocol, TypeVar
 
@@ -16,6 +18,24 @@ class Progress(Protocol):
     def note(self, text: str) -> None:
         """Show a few words (the current loss, say) beside the running task."""
         ...
+
+
+class Seldom:
+    """Whether it is time to say something: at once, and whenever `seconds` have gone since.
+
+    What is said of a training has to be asked of a GPU, which then works on nothing.
+    """
+
+    def __init__(self, seconds: float = 0.5) -> None:
+        self.seconds, self.due = seconds, -math.inf
+
+    def __call__(self) -> bool:
+        """True if it is."""
+        now = time.monotonic()
+        if now < self.due:
+            return False
+        self.due = now + self.seconds
+        return True
 
 
 class Silent:

@@ -25,7 +25,7 @@ from msvae.data.cache import Images
 from msvae.errors import TrainingError
 from msvae.imagine import Imagination, coloured, varied
 from msvae.model import ORDERS, TURNS, VAE, Companion
-from msvae.progress import Progress, Silent
+from msvae.progress import Progress, Seldom, Silent
 from msvae.tensors import to_device
 from msvae.train import DIVERGED, descend, generator_of, learning_rate
 
@@ -256,10 +256,11 @@ class Lesson:
     def rest(self, progress: Progress | None = None) -> Taught:
         """Take the steps that are left; `TrainingError` when the loss is not a finite number."""
         progress, left = progress or Silent(), self.plan.steps - self.taken
+        worth_saying = Seldom()
         if not self._over():
-            for at in progress.track(range(left), self.plan.task, left):
+            for _ in progress.track(range(left), self.plan.task, left):
                 more = self.step()
-                if at % 20 == 0:
+                if worth_saying():
                     progress.note(f"loss {self.latest[-1]:.3f}")
                 if not more:
                     break

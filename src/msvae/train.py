@@ -24,7 +24,7 @@ from msvae.config import Config, TrainConfig
 from msvae.data.cache import Images
 from msvae.errors import TrainingError
 from msvae.model import VAE, of_autoencoder
-from msvae.progress import Progress, Silent
+from msvae.progress import Progress, Seldom, Silent
 
 Row = dict[str, float]
 Note = Callable[[str], None]
@@ -124,6 +124,7 @@ class Trainer:
         _set_mode(self.model, training=True)
         gen = generator_of(self.config.seed, state.epoch)
         torch.manual_seed(gen.initial_seed())  # dropout draws from the global generator
+        worth_saying = Seldom()
         for at, rows in enumerate(_batches(self, gen)):
             next(ticks)
             x = augment(to_batch(pixels[rows], self.device), self.augment, gen)
@@ -131,7 +132,7 @@ class Trainer:
             rate = learning_rate(done, self.config)
             loss = self.step(x, rate, gen)
             seen += torch.stack([t.detach() for t in loss])
-            if at % 5 == 0:
+            if worth_saying():
                 note(f"reconstruction {loss.reconstruction:.4f}  kl {loss.kl:.1f} nats")
         if not torch.isfinite(seen).all():
             raise TrainingError(DIVERGED)

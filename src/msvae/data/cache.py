@@ -100,7 +100,7 @@ def decode(
 
 def decoders() -> int:
     """How many images are decoded side by side."""
-    return min(os.cpu_count() or 1, 8)
+    return min(os.cpu_count() or 1, 16)
 
 
 def _content(source: Source) -> str:
