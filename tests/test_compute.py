@@ -97,10 +97,16 @@ def test_images_are_shared_out_evenly(count, workers):
     assert not rest or max(rest) - min(rest) <= 1
 
 
-def test_on_a_gpu_one_batch_comes_after_the_other(two_threads):
-    """It shares out its work itself; a CPU has a batch for each core."""
-    assert workers_on(torch.device("cuda")) == 1
-    assert workers_on(CPU) == 2
+def test_how_many_batches_are_scored_side_by_side():
+    """One for each of a few cores; a GPU shares out its work itself and has another one waiting."""
+    before = torch.get_num_threads()
+    try:
+        for cores, on_cpu, on_gpu in ((1, 1, 1), (2, 2, 2), (16, 4, 2)):
+            torch.set_num_threads(cores)
+            assert workers_on(CPU) == on_cpu
+            assert workers_on(torch.device("cuda")) == on_gpu
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])

@@ -59,8 +59,12 @@ def batch_of(side: int, device: torch.device) -> int:
 
 
 def workers_on(device: torch.device) -> int:
-    """How many batches are scored side by side: on a CPU as many as there are cores, a few."""
-    return min(torch.get_num_threads(), WORKERS) if device.type == "cpu" else 1
+    """How many batches are scored side by side: on a CPU as many as there are cores, a few.
+
+    A GPU is given the next one while the CPU makes decisions of the last.
+    """
+    cores = torch.get_num_threads()
+    return min(cores, WORKERS if device.type == "cpu" else 2)
 
 
 def shares(count: int, most: int, workers: int) -> list[range]:
@@ -78,7 +82,7 @@ def shares(count: int, most: int, workers: int) -> list[range]:
 def in_parallel(
     work: Callable[[T], R], items: Iterable[T], device: torch.device, workers: int | None = None
 ) -> Iterator[R]:
-    """`work` of each item, in order; on a CPU several items at a time, each with its share of cores.
+    """`work` of each item, in order; several items at a time, each with its share of cores.
 
     Threads that each do a batch of their own need not wait for each other after every layer: 1.1 to
     1.3 times as fast as all of them on one batch (LOG.md). A single item has all threads.

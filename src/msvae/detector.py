@@ -4,7 +4,6 @@ The one object that users hold. It chooses the device, decodes in the background
 computes, and leaves printing and files to others.
 """
 
-from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
@@ -43,6 +42,7 @@ from msvae.table import ScoreTable
 from msvae.tensors import flatten, unflatten
 
 Maps = dict[str, NDArray[np.float32]]
+FEW = 4096  # images for whose scores there is room where nobody says how many there are
 EachMap = Callable[[str, Maps], None]  # the image's name, its maps (H, W)
 
 
@@ -128,7 +128,14 @@ class Detector:
             given += len(maps["fused"])
 
         each = None if each_map is None else hand_out
-        scores, maps = run(self.scoring, self.scorer, batches, with_maps=with_maps, each=each)
+        scores, maps = run(
+            self.scoring,
+            self.scorer,
+            batches,
+            with_maps=with_maps,
+            each=each,
+            count=len(sources),
+        )
         if not names:
             raise DataError(f"none of {len(sources)} images could be read, first {refused[0]}")
         return Scan(self.table(names, scores, target_fpr=target_fpr), tuple(refused), maps)
@@ -257,15 +264,15 @@ def run(
     *,
     with_maps: bool = False,
     each: Callable[[Maps], None] | None = None,
+    count: int = FEW,
 ) -> tuple[dict[str, NDArray[np.float64]], Maps]:
     """Every score (N,), and every map (N, H, W) if asked for, of batches of pixels (B, S, S, 3).
 
     `model` is a frozen one (`Detector.scoring`). The maps lie on disk, memory-mapped. `each` is
-    called with the maps of each batch.
+    called with the maps of each batch. `count` is how many images there are, about.
     """
     device = next(model.parameters()).device
-    # Arrays that grow in place: small ones between a batch's large ones would split the memory up.
-    scores: dict[str, array[float]] = {}
+    scores = _Scores(count)
     maps: dict[str, Spool] = {}
 
     drawing = with_maps or each is not None
@@ -277,8 +284,7 @@ def run(
             return scorer(e, found), found if drawing else {}
 
     for told, found in in_parallel(work, batches, device):
-        for name, value in told.items():
-            scores.setdefault(name, array("d")).frombytes(value.numpy().tobytes())
+        scores.add(told)
         if not drawing:
             continue
         arrays = {name: value.cpu().numpy() for name, value in found.items()}
@@ -288,10 +294,36 @@ def run(
             maps = maps or {name: Spool() for name in arrays}
             for name, drawn in arrays.items():
                 maps[name].add(drawn)
-    return (
-        {name: np.array(values) for name, values in scores.items()},
-        {name: spool.array() for name, spool in maps.items()},
-    )
+    return scores.columns(), {name: spool.array() for name, spool in maps.items()}
+
+
+class _Scores:
+    """The scores of all images in one piece of memory, which is laid out at once where it can be.
+
+    Small pieces kept between a batch's large ones would split the memory up.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.names: tuple[str, ...] = ()
+        self.values = np.empty((0, count))
+        self.filled = 0
+
+    def add(self, told: dict[str, Tensor]) -> None:
+        """Those of the next batch, (B,) each."""
+        if not self.names:
+            self.names = tuple(told)
+            self.values = np.empty((len(told), self.values.shape[1]))
+        upto = self.filled + len(next(iter(told.values())))
+        if upto > self.values.shape[1]:
+            room = np.empty((len(told), upto))
+            self.values = np.concatenate([self.values[:, : self.filled], room], axis=1)
+        for row, value in zip(self.values, told.values(), strict=True):
+            row[self.filled : upto] = value.numpy()
+        self.filled = upto
+
+    def columns(self) -> dict[str, NDArray[np.float64]]:
+        """All of every score, (N,)."""
+        return dict(zip(self.names, self.values[:, : self.filled], strict=True))
 
 
 def _is_one(images: Source | Sequence[Source]) -> bool:

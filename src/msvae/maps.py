@@ -64,20 +64,21 @@ def smooth(maps: Tensor, sigma: float) -> Tensor:
     A product with a matrix on either side: on a CPU several times faster than convolutions of one
     channel.
     """
-    down, across = (blurring(n, sigma).to(maps) for n in maps.shape[-2:])
+    down, across = (blurring(n, sigma, maps.device).to(maps) for n in maps.shape[-2:])
     return down @ (maps @ across.T)
 
 
 @lru_cache(maxsize=64)
 @torch.inference_mode(mode=False)  # what is kept serves gradients too
-def blurring(n: int, sigma: float) -> Tensor:
+def blurring(n: int, sigma: float, device: torch.device) -> Tensor:
     """The matrix (n, n) of a Gaussian blur of n values, mirrored at both ends."""
     radius = min(max(1, round(3 * sigma)), n - 1)
-    at = torch.arange(-radius, radius + 1, dtype=torch.float64)
-    kernel = (-0.5 * (at / sigma).square()).exp()
-    kernel = kernel / kernel.sum()
-    mirrored = F.pad(torch.eye(n, dtype=torch.float64)[None], (radius, radius), mode="reflect")[0]
-    return F.conv1d(mirrored[:, None], kernel[None, None])[:, 0].T.float().contiguous()
+    at = torch.arange(-radius, radius + 1)
+    kernel = (-0.5 * (at.double() / sigma).square()).exp()
+    kernel = (kernel / kernel.sum()).expand(n, -1)
+    mirrored = n - 1 - (n - 1 - (torch.arange(n)[:, None] + at).abs()).abs()
+    matrix = torch.zeros(n, n, dtype=torch.float64).scatter_add_(1, mirrored, kernel)
+    return matrix.float().to(device)
 
 
 def enlarge(maps: Tensor, side: int) -> Tensor:

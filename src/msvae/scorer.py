@@ -70,8 +70,9 @@ class Scorer:
 
     def statistics(self, e: Evidence, distance: Tensor) -> Tensor:
         """All statistics beside each other, (B, 21), on the CPU in double precision."""
-        parts = [f(e).cpu() for f in scores.STATISTICS.values()]
-        return torch.cat([*parts, (distance.cpu()[:, None] + scores.FLOOR).log()], dim=1).double()
+        parts = [f(e) for f in scores.STATISTICS.values()]
+        far = (distance.to(e.mu)[:, None] + scores.FLOOR).log()
+        return torch.cat([*parts, far], dim=1).cpu().double()
 
     def maps(self, e: Evidence) -> dict[str, Tensor]:
         """Every map at the model's resolution, (B, H, W)."""
@@ -136,7 +137,9 @@ class Scorer:
             "turn": scores.turn(e),
             "neighbours": self.neighbours(e),
         }
-        out = {name: value.cpu().double() for name, value in plain.items()}
+        # Together: every copy from a GPU waits for it.
+        told = torch.stack([*plain.values()], dim=1).cpu().double()
+        out = dict(zip(plain, told.unbind(dim=1), strict=True))
         out |= self._weighted(out["reconstruction"], out["mahalanobis"])
         statistics = self.statistics(e, plain["mahalanobis"])
         out["bands"] = self.bands(statistics[:, RESIDUAL])

@@ -44,7 +44,7 @@ def local_statistics(x: Tensor) -> Tensor:
     luma, chroma = colours[:, 0].contiguous(), colours[:, 1:]
     grid = min(max(side // 4, 2), GRID)
     at = ((torch.arange(grid, device=x.device) + 0.5) * side / grid).long()
-    blur = blurring(side, window).to(x)
+    blur = blurring(side, window, x.device).to(x)
     here = blur[at]  # the blur at the places of the grid: what lies between is not wanted
     tone, tints = blur @ (luma @ blur.T), blur @ (chroma @ blur.T)
     energies = torch.stack(

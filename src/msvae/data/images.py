@@ -9,13 +9,14 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from msvae.config import Resize
 from msvae.errors import ImageError
 
 Source = str | Path | Image.Image | NDArray[Any]
 SMALLEST = 8  # px
+TURNED = range(2, 9)  # EXIF orientations that are not upright
 GAP = 1.9  # Pillow's thumbnails keep 2; photographs of 500 px then miss a step by 12 px
 _FILTERS = threading.Lock()  # warning filters belong to the process, decoding runs in threads
 
@@ -154,8 +155,9 @@ def _loaded(image: Image.Image, name: str) -> Image.Image:
         image.load()
     except Exception as error:  # as above
         raise ImageError(name, f"is damaged: {_first_line(error)}") from error
-    try:
-        return ImageOps.exif_transpose(image)
+    try:  # an image that needs no turning would be copied
+        turned = image.getexif().get(ExifTags.Base.Orientation) in TURNED
+        return ImageOps.exif_transpose(image) if turned else image
     except Exception:
         return image
 
