@@ -23,12 +23,15 @@ def _move(x: Tensor, config: AugmentConfig, generator: torch.Generator) -> Tenso
     b, _, _, side = x.shape
     pad = min(round(config.crop * side), side - 1)
     start = torch.randint(0, 2 * pad + 1, (2, b, 1), generator=generator)
-    at = torch.arange(side)
-    rows = torch.where(_coin(b, config.flip_vertical, generator), side - 1 - at, at) + start[0]
-    cols = torch.where(_coin(b, config.flip_horizontal, generator), side - 1 - at, at) + start[1]
+    down = _coin(b, config.flip_vertical, generator)
+    across = _coin(b, config.flip_horizontal, generator)
+    # A few numbers for each image: a copy of more would wait for all that a GPU has to do.
+    start, down, across = (t.to(x.device) for t in (start, down, across))
+    at, each = (torch.arange(n, device=x.device) for n in (side, b))
+    rows = torch.where(down, side - 1 - at, at) + start[0]
+    cols = torch.where(across, side - 1 - at, at) + start[1]
     padded = F.pad(x, (pad, pad, pad, pad), mode="reflect") if pad else x
-    each = torch.arange(b)[:, None, None]
-    rows, cols, each = (i.to(x.device) for i in (rows, cols, each))
+    each = each[:, None, None]
     return padded.permute(0, 2, 3, 1)[each, rows[:, :, None], cols[:, None, :]].permute(0, 3, 1, 2)
 
 

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from msvae import explain, references, store
+from msvae import explain, heap, references, store
 from msvae.beside import spread
 from msvae.calibration import Calibration, Decision, needed, rank
 from msvae.compute import (
@@ -43,6 +43,7 @@ from msvae.tensors import flatten, unflatten
 
 Maps = dict[str, NDArray[np.float32]]
 FEW = 4096  # images for whose scores there is room where nobody says how many there are
+OFTEN = 1024  # images after which memory is given back
 EachMap = Callable[[str, Maps], None]  # the image's name, its maps (H, W)
 
 
@@ -274,6 +275,7 @@ def run(
     device = next(model.parameters()).device
     scores = _Scores(count)
     maps: dict[str, Spool] = {}
+    given_back = 0
 
     drawing = with_maps or each is not None
 
@@ -285,6 +287,9 @@ def run(
 
     for told, found in in_parallel(work, batches, device):
         scores.add(told)
+        if scores.filled // OFTEN > given_back:
+            given_back += 1
+            heap.give_back()
         if not drawing:
             continue
         arrays = {name: value.cpu().numpy() for name, value in found.items()}

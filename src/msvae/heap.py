@@ -1,4 +1,4 @@
-"""The C library's memory during a training: what a step frees, the next one takes again."""
+"""The C library's memory: kept during a training, given back now and then during long scoring."""
 
 import ctypes
 import sys
@@ -18,8 +18,8 @@ def kept() -> Iterator[None]:
     Otherwise each step of a training at 128 px asks for thousands of pages anew, 3 to 5 % of its
     time. Does nothing where there is no glibc.
     """
-    libc: Any = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if not (hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim")):
+    libc = _glibc()
+    if libc is None:
         yield
         return
     libc.mallopt(MMAP, LARGEST)
@@ -29,3 +29,20 @@ def kept() -> Iterator[None]:
     finally:
         libc.mallopt(TRIM, USUAL)
         libc.malloc_trim(0)
+
+
+def give_back() -> None:
+    """Give the system what lies free between pieces in use.
+
+    Threads that each take and free the maps of a batch leave their memory in pieces, which adds up
+    to an eighth of it in the first ten thousand images. Does nothing where there is no glibc.
+    """
+    libc = _glibc()
+    if libc is not None:
+        libc.malloc_trim(0)
+
+
+def _glibc() -> Any:
+    """The C library, where it is one with these calls."""
+    libc: Any = ctypes.CDLL(None) if sys.platform == "linux" else None
+    return libc if hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim") else None
