@@ -9,7 +9,7 @@ from msvae import explain, fit
 from msvae import faithfulness as module
 from msvae.compute import to_batch
 from msvae.faithfulness import KINDS, LIMIT, evenly, faithfulness, highest
-from small import CONFIG, SIDE
+from small import CONFIG, SAME_BITS, SIDE
 
 
 def normal_images(n, seed):
@@ -55,6 +55,7 @@ def test_every_kind_has_its_figures(figures):
         assert -1 <= row["weight_randomisation"] <= 1
 
 
+@SAME_BITS
 def test_deletion_by_hand(detector, spoilt, figures):
     """Falls of a score when the highest tenth of a map is replaced, there and moved, one by one."""
     pixels, _ = spoilt
