@@ -7,6 +7,7 @@ x with imagined defects ─ inspector ─► log-odds of a defect at each pixel 
 
 from copy import deepcopy
 from itertools import pairwise, permutations
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from msvae import lowered
 from msvae.config import ModelConfig
 from msvae.evidence import Evidence, Verdicts
+from msvae.graphs import Graphs
 from msvae.packed import can_pack, pack
 
 ORDERS = tuple(permutations(range(3)))  # ORDERS[0] leaves the channels as they are
@@ -182,6 +184,7 @@ class VAE(nn.Module):
         )
         self.companion = Companion() if config.companion else None
         self.inspector = Inspector() if config.inspector else None
+        self.graphs: Graphs | None = None  # of a frozen copy
 
     def encode(self, x: Tensor) -> tuple[Tensor, ...]:
         """Maps of every stage, fine to coarse, of images (B, 3, H, W) in [0, 1]."""
@@ -217,8 +220,10 @@ class VAE(nn.Module):
 
     def inspected(self, x: Tensor) -> Evidence:
         """The VAE's pass and the inspector's: all that the maps read."""
-        e = self(x)
-        return e if self.inspector is None else e._replace(inspection=self.inspector(x))
+        e = Evidence(*self._told(self, "forward", x))
+        if self.inspector is None:
+            return e
+        return e._replace(inspection=self._told(self.inspector, "forward", x))
 
     def evidence(self, x: Tensor) -> Evidence:
         """All that the scores read: the VAE's pass, the inspector's and the companion's verdicts."""
@@ -226,7 +231,14 @@ class VAE(nn.Module):
 
     def verdicts(self, x: Tensor) -> Verdicts:
         """What the companion says of images; nothing without one."""
-        return {} if self.companion is None else self.companion.verdicts(x)
+        if self.companion is None:
+            return {}
+        verdicts: Verdicts = self._told(self.companion, "verdicts", x)
+        return verdicts
+
+    def _told(self, part: nn.Module, method: str, x: Tensor) -> Any:
+        """What the method of a network says of images, by a graph where there is one."""
+        return getattr(part, method)(x) if self.graphs is None else self.graphs(part, method, x)
 
     def frozen(self, dtype: torch.dtype) -> "VAE":
         """A copy for scoring, in `dtype`: batch norms folded into their convolutions, no gradients.
@@ -244,6 +256,7 @@ class VAE(nn.Module):
         if can_pack(next(copy.parameters()).device):
             for block in blocks:
                 pack(block)
+            copy.graphs = Graphs()
         return copy
 
 

@@ -4,12 +4,31 @@ torch lays the weights of a convolution out anew at each call, which for a singl
 than the arithmetic. oneDNN takes them ready, and the SiLU with them.
 """
 
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 Convolution = nn.Conv2d | nn.ConvTranspose2d
+# The same for `torch.jit.trace`, which does not know how to record an empty list of numbers.
+SCRIPT = """
+def convolution(
+    h: Tensor, weight: Tensor, bias: Optional[Tensor], padding: List[int], stride: List[int],
+    dilation: List[int], groups: int
+) -> Tensor:
+    return torch.ops.mkldnn._convolution_pointwise(
+        h, weight, bias, padding, stride, dilation, groups, "swish", [], ""
+    )
+
+def convolution_transpose(
+    h: Tensor, weight: Tensor, bias: Optional[Tensor], padding: List[int], more: List[int],
+    stride: List[int], dilation: List[int], groups: int
+) -> Tensor:
+    return torch.ops.mkldnn._convolution_transpose_pointwise(
+        h, weight, bias, padding, more, stride, dilation, groups, "swish", [], ""
+    )
+"""
 
 
 def can_pack(device: torch.device) -> bool:
@@ -27,19 +46,31 @@ class Packed(nn.Module):
         super().__init__()
         ops: Any = torch.ops.mkldnn
         up = isinstance(conv, nn.ConvTranspose2d)
-        kind = "convolution_transpose" if up else "convolution"
+        self.kind = kind = "convolution_transpose" if up else "convolution"
         spatial: list[Any] = [list(map(int, conv.padding))]
         spatial += [[*conv.output_padding]] if up else []
         spatial += [[*conv.stride], [*conv.dilation], conv.groups]
         self.bias = conv.bias  # stays a parameter, which tells others the type and the device
-        self.weight = getattr(ops, f"_reorder_{kind}_weight")(conv.weight, *spatial)
+        weight = getattr(ops, f"_reorder_{kind}_weight")(conv.weight, *spatial)
+        self.register_buffer("weight", weight, persistent=False)
         self.operation = getattr(ops, f"_{kind}_pointwise")
         self.spatial = spatial
 
     def forward(self, h: Tensor) -> Tensor:
         """(B, C, h, w) -> (B, C', h', w')."""
-        out: Tensor = self.operation(h, self.weight, self.bias, *self.spatial, "swish", [], "")
+        given = (h, self.weight, self.bias, *self.spatial)
+        jit: Any = torch.jit
+        out: Tensor = (
+            getattr(_scripted(), self.kind)(*given)
+            if jit.is_tracing()
+            else self.operation(*given, "swish", [], "")
+        )
         return out
+
+
+@lru_cache(maxsize=1)
+def _scripted() -> Any:
+    return torch.jit.CompilationUnit(SCRIPT)
 
 
 def pack(block: nn.Sequential) -> None:

@@ -156,8 +156,15 @@ class StructureMap:
             banks = ([self.low[i] for i in a.tolist()] for a in alike)
             rows = [_least_product(q, b) for q, b in zip(asked, banks, strict=True)]
         else:
-            rows = [_nearest(q, self.places[a]) for q, a in zip(queries, alike, strict=True)]
+            rows = [_nearest(q, self.high[a]) for q, a in zip(queries, alike, strict=True)]
         return torch.stack(rows)
+
+    @cached_property
+    @torch.inference_mode(mode=False)
+    def high(self) -> Tensor:
+        """The places b as rows (M, L, D + 1), (-2 b, |b|²), for `_nearest`."""
+        places = self.places.float()
+        return torch.cat([-2 * places, places.square().sum(dim=2, keepdim=True)], dim=2)
 
     @cached_property
     @torch.inference_mode(mode=False)
@@ -194,13 +201,12 @@ def _parts(values: Tensor) -> Tensor:
 
 
 def _nearest(queries: Tensor, places: Tensor) -> Tensor:
-    """Squared distances (L,) of queries (L, D) to the nearest of places (A, L, D).
+    """Squared distances (L,) of queries (L, D) to the nearest of places (A, L, D + 1), `high` ones.
 
     |q - b|² = |q|² + (q, 1)·(-2 b, |b|²).
     """
-    bank = places.flatten(0, 1).to(queries.dtype)
-    bank = torch.cat([-2 * bank, bank.square().sum(dim=1, keepdim=True)], dim=1)
-    return _least_product(F.pad(queries, (0, 1), value=1.0), [bank]) + queries.square().sum(dim=1)
+    asked = F.pad(queries, (0, 1), value=1.0)
+    return _least_product(asked, [places.flatten(0, 1)]) + queries.square().sum(dim=1)
 
 
 def _least_products(queries: Tensor, bank: Tensor, alike: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 import hashlib
 import io
-import threading
 import warnings
 from pathlib import Path
 from typing import Any
@@ -13,12 +12,12 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from msvae.config import Resize
 from msvae.errors import ImageError
+from msvae.quiet import quiet
 
 Source = str | Path | Image.Image | NDArray[Any]
 SMALLEST = 8  # px
 TURNED = range(2, 9)  # EXIF orientations that are not upright
 GAP = 1.9  # Pillow's thumbnails keep 2; photographs of 500 px then miss a step by 12 px
-_FILTERS = threading.Lock()  # warning filters belong to the process, decoding runs in threads
 
 Pixels = NDArray[np.uint8]
 
@@ -133,8 +132,7 @@ def squared(image: Image.Image, resize: Resize) -> Image.Image:
 
 def _decoded(data: bytes, name: str, least: int = 0) -> Image.Image:
     try:
-        with _FILTERS, warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with quiet():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             image = Image.open(io.BytesIO(data))  # the header only
             if least:
