@@ -34,6 +34,7 @@ def machine() -> dict[str, Any]:
     return {
         "cpu": _cpu(),
         "cores": len(os.sched_getaffinity(0)),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
@@ -82,6 +83,9 @@ def main() -> None:
                 rows.append(row.to_json())
                 console.print(f"{time.perf_counter() - began:6.0f} s  {row.name}: {row.ratio:.3g}")
                 write_json(options.out, {"version": 1, "machine": machine(), "rows": rows})
+    if not rows:
+        console.print("nothing was measured: the part gpu needs a GPU, choose others with --only")
+        return
     console.width = max(console.width, 140)
     console.print(table(rows))
     failed = [r["name"] for r in rows if r["holds"] is False]

@@ -5,15 +5,16 @@ That rate is the one of a large matrix product on the same card, in turns with t
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from statistics import median
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench.material import Material
 from bench.peers import Peer
-from bench.rows import Once, Row, compared, interleaved, rates, timed
+from bench.rows import Once, Row, compared, interleaved, rates, settle, timed
 from bench.scoring import against_ideal
-from bench.training import bare, bare_steps, loop, settle
+from bench.training import bare, bare_steps, loop
 from msvae.compute import batch_of, choose_device, to_batch
 from msvae.config import preset
 from msvae.fitting import fit
@@ -97,5 +98,5 @@ def _of_products(name: str, ours: list[float], rate: list[float], each: float) -
         [r / each for r in rate],
         unit="images/s",
         bar="",
-        note=f"{each / 1e9:.1f} GFLOP an image; products at {max(rate) / 1e12:.0f} TFLOP/s",
+        note=f"networks: {each / 1e9:.1f} GFLOP an image; products: {median(rate) / 1e12:.0f} TFLOP/s",
     )

@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any
 
+import torch
+
 Once = Callable[[], float]  # does the work once; returns seconds, or whatever is measured
 
 
@@ -66,6 +68,12 @@ def timed(work: Callable[[], object], settle: Callable[[], object] = lambda: Non
         return time.perf_counter() - began
 
     return once
+
+
+def settle() -> None:
+    """Wait for the GPU, where there is one."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def compared(

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from bench.material import SIDES, Material
 from bench.peers import HERE, Peer
-from bench.rows import Once, Row, compared, interleaved, rates, timed
+from bench.rows import Once, Row, compared, interleaved, rates, settle, timed
 from msvae import heap
 from msvae.alongside import Reached
 from msvae.compute import choose_device, to_batch
@@ -41,12 +41,6 @@ def fresh(config: Config, memory: torch.memory_format) -> VAE:
     torch.manual_seed(0)
     model = VAE(config.model).to(choose_device())
     return model.to(memory_format=memory).train()  # type: ignore[call-overload]
-
-
-def settle() -> None:
-    """Wait for the GPU, where there is one."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 def loop(material: Material, config: Config, steps: int) -> Once:

@@ -105,6 +105,7 @@ def test_how_many_batches_are_scored_side_by_side():
             torch.set_num_threads(cores)
             assert workers_on(CPU) == on_cpu
             assert workers_on(torch.device("cuda")) == on_gpu
+            assert workers_on(torch.device("mps")) == 1
     finally:
         torch.set_num_threads(before)
 

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from msvae import fit, load
+from msvae import detector, fit, load
 from msvae.config import Config
 from msvae.errors import (
     ConfigError,
@@ -304,6 +304,22 @@ def test_many_images_come_in_order(loaded):
         np.testing.assert_allclose(
             table.scores["reconstruction"][i], thirty.scores["reconstruction"][i % 30], rtol=1e-5
         )
+
+
+def test_scores_find_room_beyond_what_was_expected(loaded):
+    """However many images there are said to be; memory is given back meanwhile."""
+    pixels = np.stack([*NEW, *NOISE])
+    batches = [pixels[i : i + 3] for i in range(0, len(pixels), 3)]
+    given_back = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(detector, "GIVEN_BACK", 4)
+        patch.setattr(detector.heap, "give_back", lambda: given_back.append(True))
+        few, _ = detector.run(loaded.scoring, loaded.scorer, batches, count=1)
+        enough, _ = detector.run(loaded.scoring, loaded.scorer, batches, count=len(pixels))
+    assert len(few["fused"]) == len(pixels)
+    for name, values in enough.items():
+        np.testing.assert_allclose(few[name], values, rtol=1e-5, atol=1e-7)
+    assert len(given_back) >= 2 * (len(pixels) // 4 - 1)
 
 
 def test_maps_come_when_asked_for(loaded):

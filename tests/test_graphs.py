@@ -13,6 +13,8 @@ from msvae.config import ModelConfig
 from msvae.graphs import MOST, OFTEN, OFTEN_MANY, Graphs
 from msvae.model import VAE
 from msvae.packed import can_pack
+from msvae.scores import image_statistics
+from msvae.structure import local_statistics
 
 CPU = torch.device("cpu")
 
@@ -32,7 +34,7 @@ class Counting(nn.Module):
 
 def told(run, part, x, times):
     with torch.inference_mode():
-        return [run(part, "forward", x) for _ in range(times)]
+        return [run(part.forward, x) for _ in range(times)]
 
 
 @pytest.mark.parametrize(("images", "often"), [(1, OFTEN), (4, OFTEN_MANY)])
@@ -54,7 +56,7 @@ def test_with_gradients_there_is_no_graph():
     """Networks that learn are asked layer by layer."""
     run, part, x = Graphs(), Counting(), torch.rand(1, 3, 8, 8, requires_grad=True)
     for _ in range(2 * OFTEN):
-        assert run(part, "forward", x).requires_grad
+        assert run(part.forward, x).requires_grad
     assert not run.made
 
 
@@ -85,11 +87,13 @@ def test_a_graph_that_fails_or_says_otherwise_is_not_used(part):
 
 
 def test_graphs_are_not_kept_without_end():
-    """Of many shapes only the first ones that came often have one."""
+    """Of many shapes of batches only the first ones that came often have one; single images have."""
     run, part = Graphs(), Counting()
-    for side in range(2, MOST + 6):
-        told(run, part, torch.rand(1, 3, side, side), OFTEN)
+    for images in range(2, MOST + 6):
+        told(run, part, torch.rand(images, 3, 8, 8), OFTEN_MANY)
     assert len(run.made) == MOST
+    told(run, part, torch.rand(1, 3, 8, 8), OFTEN)
+    assert len(run.made) == MOST + 1
 
 
 def test_while_one_thread_traces_the_others_go_on(monkeypatch):
@@ -109,6 +113,22 @@ def test_while_one_thread_traces_the_others_go_on(monkeypatch):
     assert torch.equal(told(run, part, x, 1)[0], 2 * x)
     go_on.set()
     other.join()
+
+
+@pytest.mark.parametrize("side", [32, 64, 128])
+def test_statistics_become_graphs_too(side):
+    """Both functions of images that a score needs beside the networks, to the bit."""
+    x, recon = torch.rand(2, 1, 3, side, side)
+    mu, logvar = torch.rand(2, 1, 6)
+    run = Graphs()
+    for work, given in ((local_statistics, (x,)), (image_statistics, (x, recon, mu, logvar))):
+        with torch.inference_mode():
+            plain = work(*given)
+            for _ in range(OFTEN):
+                run(work, *given)
+            graph = run.made[(work, *(t.shape for t in given))]
+            assert graph is not work
+            assert torch.equal(run(work, *given), plain)
 
 
 @pytest.mark.skipif(not can_pack(CPU), reason="needs oneDNN's operations")

@@ -211,3 +211,18 @@ def test_a_large_folder_keeps_a_bounded_bank():
     kept = fitted.distance(statistics[::step])
     others = fitted.distance(statistics[1::step])
     assert kept.max() < 0.05 < others.median()
+
+
+@pytest.mark.parametrize("block", [1, 1 << 28])
+def test_many_images_at_once_give_what_one_after_the_other_does(monkeypatch, block):
+    """The products of a GPU, which are the same on a CPU, in one block and in one for each image."""
+    monkeypatch.setattr(structure, "GPU_BLOCK", block)
+    gen = torch.Generator().manual_seed(0)
+    bank = structure._low(torch.randn(6, 40, 12, generator=gen), queries=False)
+    asked = structure._low(torch.randn(5, 40, 12, generator=gen), queries=True)
+    alike = torch.randint(6, (5, 3), generator=gen)
+    found = structure._least_products(asked, bank, alike)
+    for q, a, told in zip(asked, alike, found, strict=True):
+        torch.testing.assert_close(
+            told, structure._least_product(q, [*bank[a]]), rtol=0.01, atol=0.01
+        )

@@ -41,9 +41,15 @@ def spread(images: int, device: torch.device) -> Iterator[None]:
 
 
 def ahead(task: Callable[[], T]) -> Callable[[], T]:
-    """What gives the task's result: begun at once within `spread`, else computed when called."""
+    """What gives the task's result: begun within `spread` as soon as a core is free.
+
+    Else, or where none was until it is called, computed then.
+    """
     pool = _background.get()
-    return task if pool is None else pool.submit(_same_mode(task)).result
+    if pool is None:
+        return task
+    begun = pool.submit(_same_mode(task))
+    return lambda: task() if begun.cancel() else begun.result()
 
 
 def _same_mode(task: Callable[[], T]) -> Callable[[], T]:

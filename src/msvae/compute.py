@@ -20,7 +20,7 @@ R = TypeVar("R")
 BATCH = 64  # images scored at a time, at most
 WORKERS = 4  # batches scored side by side, at most: Python itself runs on one core at a time
 WORK = 64 * 64**2  # pixels of such a batch: what the processor's caches hold is fastest
-# The same on a GPU, which small batches leave idle.
+# The same on an NVIDIA or AMD GPU, which small batches leave idle.
 GPU_BATCH, GPU_WORK = 256, 64 * 256**2
 
 
@@ -54,7 +54,7 @@ def to_batch(pixels: Pixels, device: torch.device) -> Tensor:
 
 def batch_of(side: int, device: torch.device) -> int:
     """How many images of `side` px are scored at a time."""
-    most, work = (BATCH, WORK) if device.type == "cpu" else (GPU_BATCH, GPU_WORK)
+    most, work = (GPU_BATCH, GPU_WORK) if device.type == "cuda" else (BATCH, WORK)
     return max(1, min(most, work // side**2))
 
 
@@ -63,8 +63,8 @@ def workers_on(device: torch.device) -> int:
 
     A GPU is given the next one while the CPU makes decisions of the last.
     """
-    cores = torch.get_num_threads()
-    return min(cores, WORKERS if device.type == "cpu" else 2)
+    most = {"cpu": WORKERS, "cuda": 2}.get(device.type, 1)
+    return min(torch.get_num_threads(), most)
 
 
 def shares(count: int, most: int, workers: int) -> list[range]:

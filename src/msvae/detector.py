@@ -43,7 +43,7 @@ from msvae.tensors import flatten, unflatten
 
 Maps = dict[str, NDArray[np.float32]]
 FEW = 4096  # images for whose scores there is room where nobody says how many there are
-OFTEN = 1024  # images after which memory is given back
+GIVEN_BACK = 1024  # images after which free memory is given back to the system
 EachMap = Callable[[str, Maps], None]  # the image's name, its maps (H, W)
 
 
@@ -275,20 +275,20 @@ def run(
     device = next(model.parameters()).device
     scores = _Scores(count)
     maps: dict[str, Spool] = {}
-    given_back = 0
+    times = 0
 
     drawing = with_maps or each is not None
 
     @torch.inference_mode()
     def work(pixels: Pixels) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         with spread(len(pixels), device):
-            e, found = scorer.seen(model, to_batch(pixels, device), drawing)
-            return scorer(e, found), found if drawing else {}
+            seen = scorer.seen(model, to_batch(pixels, device), drawing)
+            return scorer(*seen), seen.found if drawing else {}
 
     for told, found in in_parallel(work, batches, device):
         scores.add(told)
-        if scores.filled // OFTEN > given_back:
-            given_back += 1
+        if scores.filled // GIVEN_BACK > times:
+            times += 1
             heap.give_back()
         if not drawing:
             continue

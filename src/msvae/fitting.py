@@ -313,7 +313,7 @@ def calibrate_pixels(model: VAE, scorer: Any, pixels: Images, progress: Progress
 
     device = next(model.parameters()).device
     given = batches(pixels, device, progress, "calibrating")
-    scores, _ = run(model, scorer, given, each=keep)
+    scores, _ = run(model, scorer, given, each=keep, count=len(pixels))
     return Calibration(scores, {k: np.concatenate(v) for k, v in peaks.items()})
 
 

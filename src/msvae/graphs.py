@@ -1,77 +1,94 @@
-"""Networks that score as graphs, which C++ runs without asking Python for each layer.
+"""What scores images as graphs, which C++ runs without asking Python for each operation.
 
 Python runs on one core at a time. To ask for a layer of a single image takes as long as the layer,
 and two threads that both ask wait for each other: as graphs the networks of one image take half the
 time (LOG.md).
 """
 
+import inspect
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from msvae.quiet import quiet
 
-# How often a shape has come when a graph is made for it, which takes 0.2 s: of single images it saves
-# a third of the time, of large batches a twentieth.
+# How often a shape has come when a graph is made for it, which takes 0.1 to 0.2 s: of single images it
+# saves a third of the time, of large batches a twentieth.
 OFTEN, OFTEN_MANY = 3, 32
-MOST = 16  # graphs kept
+MOST = 16  # graphs of batches kept; single images are of one shape
+RUNS = 3  # torch changes a graph after its first runs: as many must say the same
+_TRACING = threading.Lock()  # torch traces in one thread of the process at a time
 
-Work = Callable[[Tensor], Any]
+Work = Callable[..., Any]
 
 
 class Graphs:
-    """A graph for each method of a frozen network and each shape of images that comes often.
+    """A graph for each function of tensors, and each shape of these, that comes often.
 
-    What a graph says is what the method says, to the bit: one that does not is not used. Nor is any
-    where gradients are wanted, or where this torch makes none.
+    The function is one of a Python module, or a method of a frozen network. A graph gives the same bits
+    as its function, or is not used. Nor is any where gradients are wanted, or where this torch makes
+    none. torch keeps the code of graphs, not their weights, as long as the process lives.
     """
 
     def __init__(self) -> None:
         self.seen = Counter[Any]()
         self.made: dict[Any, Work] = {}
-        self.making = threading.Lock()
 
-    def __call__(self, part: nn.Module, method: str, x: Tensor) -> Any:
-        """What the method of the network says of images (B, 3, S, S)."""
-        work: Work = getattr(part, method)
+    def __call__(self, work: Work, *given: Tensor) -> Any:
+        """What the function gives for tensors (B, ...)."""
         if torch.is_grad_enabled():
-            return work(x)
-        key = (id(part), method, *x.shape)
+            return work(*given)
+        key = (work, *(x.shape for x in given))
         if key in self.made:
-            return self.made[key](x)
+            return self.made[key](*given)
+        told = work(*given)
         self.seen[key] += 1
-        often = OFTEN if len(x) == 1 else OFTEN_MANY
-        due = self.seen[key] >= often and len(self.made) < MOST
-        if not due or not self.making.acquire(blocking=False):  # one thread at a time may trace
-            return work(x)
-        try:
-            told = work(x)
-            self.made[key] = _graph(part, method, x, told) or work
-        finally:
-            self.making.release()
+        if self._due(key, len(given[0])) and _TRACING.acquire(blocking=False):
+            try:
+                if key not in self.made:  # by another thread meanwhile
+                    self.made[key] = _graph(work, given, told) or work
+            finally:
+                _TRACING.release()
         return told
 
+    def _due(self, key: Any, images: int) -> bool:
+        if images == 1:
+            return self.seen[key] >= OFTEN
+        return self.seen[key] >= OFTEN_MANY and len(self.made) < MOST
 
-def _graph(part: nn.Module, method: str, x: Tensor, told: Any) -> Work | None:
-    """The method traced on these images; None where that fails or says anything but `told`."""
+
+def _graph(work: Work, given: tuple[Tensor, ...], told: Any) -> Work | None:
+    """The function traced on these tensors; None where that fails or gives anything but `told`."""
     try:
         with quiet():  # torch.jit is deprecated; nothing else in torch runs without Python
-            traced: Any = torch.jit.trace_module(
-                part, {method: (x,)}, check_trace=False, strict=False
-            )
-        graph: Work = getattr(traced, method)
-        pairs = zip(_tensors(graph(x)), _tensors(told), strict=True)
-        return graph if all(torch.equal(a, b) for a, b in pairs) else None
+            graph = _traced(work, given)
+        return graph if all(_same(graph(*given), told) for _ in range(RUNS)) else None
     except Exception:  # whatever torch.jit cannot do is done without it
         return None
 
 
+def _traced(work: Work, given: tuple[Tensor, ...]) -> Work:
+    jit: Any = torch.jit
+    if not inspect.ismethod(work):
+        traced: Work = jit.trace(work, given, check_trace=False, strict=False)
+        return traced
+    name = work.__name__
+    whole = jit.trace_module(work.__self__, {name: given}, check_trace=False, strict=False)
+    method: Work = getattr(whole, name)
+    return method
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether all tensors of both, each a tensor, tuple or dict, have the same bits."""
+    pairs = zip(_tensors(one), _tensors(other), strict=True)
+    return all(torch.equal(a, b) for a, b in pairs)
+
+
 def _tensors(told: Any) -> Iterator[Tensor]:
-    """All tensors of a tensor, tuple or dict."""
     if isinstance(told, Tensor):
         yield told
         return

@@ -64,7 +64,8 @@ def smooth(maps: Tensor, sigma: float) -> Tensor:
     A product with a matrix on either side: on a CPU several times faster than convolutions of one
     channel.
     """
-    down, across = (blurring(n, sigma, maps.device).to(maps) for n in maps.shape[-2:])
+    sides = map(int, maps.shape[-2:])  # numbers, also where a graph is made of this
+    down, across = (blurring(n, sigma, maps.device).to(maps) for n in sides)
     return down @ (maps @ across.T)
 
 

@@ -5,6 +5,7 @@ transformed x ─ companion ─► embedding (B,E) ─► order (B,6), turn (B,4
 x with imagined defects ─ inspector ─► log-odds of a defect at each pixel (B,H,W)
 """
 
+from collections.abc import Callable
 from copy import deepcopy
 from itertools import pairwise, permutations
 from typing import Any
@@ -218,12 +219,20 @@ class VAE(nn.Module):
         inspection, pretext = x.new_zeros(b, 0, 0), x.new_zeros(b, 0)
         return Evidence(x, self.decode(z), mu, logvar, features, embedding, inspection, pretext)
 
+    def reconstructed(self, x: Tensor) -> Evidence:
+        """The VAE's pass, of the posterior mean."""
+        return Evidence(*self.by_graph(self.forward, x))
+
+    def inspection(self, x: Tensor) -> Tensor:
+        """What the inspector says of images, (B, S, S); (B, 0, 0) without one."""
+        if self.inspector is None:
+            return x.new_zeros(len(x), 0, 0)
+        odds: Tensor = self.by_graph(self.inspector.forward, x)
+        return odds
+
     def inspected(self, x: Tensor) -> Evidence:
         """The VAE's pass and the inspector's: all that the maps read."""
-        e = Evidence(*self._told(self, "forward", x))
-        if self.inspector is None:
-            return e
-        return e._replace(inspection=self._told(self.inspector, "forward", x))
+        return self.reconstructed(x)._replace(inspection=self.inspection(x))
 
     def evidence(self, x: Tensor) -> Evidence:
         """All that the scores read: the VAE's pass, the inspector's and the companion's verdicts."""
@@ -233,12 +242,12 @@ class VAE(nn.Module):
         """What the companion says of images; nothing without one."""
         if self.companion is None:
             return {}
-        verdicts: Verdicts = self._told(self.companion, "verdicts", x)
+        verdicts: Verdicts = self.by_graph(self.companion.verdicts, x)
         return verdicts
 
-    def _told(self, part: nn.Module, method: str, x: Tensor) -> Any:
-        """What the method of a network says of images, by a graph where there is one."""
-        return getattr(part, method)(x) if self.graphs is None else self.graphs(part, method, x)
+    def by_graph(self, work: Callable[..., Any], *given: Tensor) -> Any:
+        """What a function gives for tensors (B, ...), by a graph where there is one."""
+        return work(*given) if self.graphs is None else self.graphs(work, *given)
 
     def frozen(self, dtype: torch.dtype) -> "VAE":
         """A copy for scoring, in `dtype`: batch norms folded into their convolutions, no gradients.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 Convolution = nn.Conv2d | nn.ConvTranspose2d
-# The same for `torch.jit.trace`, which does not know how to record an empty list of numbers.
+# oneDNN's operations with a SiLU, for `torch.jit.trace`: it cannot record their empty list of numbers.
 SCRIPT = """
 def convolution(
     h: Tensor, weight: Tensor, bias: Optional[Tensor], padding: List[int], stride: List[int],
@@ -22,11 +22,11 @@ def convolution(
     )
 
 def convolution_transpose(
-    h: Tensor, weight: Tensor, bias: Optional[Tensor], padding: List[int], more: List[int],
+    h: Tensor, weight: Tensor, bias: Optional[Tensor], padding: List[int], output_padding: List[int],
     stride: List[int], dilation: List[int], groups: int
 ) -> Tensor:
     return torch.ops.mkldnn._convolution_transpose_pointwise(
-        h, weight, bias, padding, more, stride, dilation, groups, "swish", [], ""
+        h, weight, bias, padding, output_padding, stride, dilation, groups, "swish", [], ""
     )
 """
 
@@ -52,7 +52,7 @@ class Packed(nn.Module):
         spatial += [[*conv.stride], [*conv.dilation], conv.groups]
         self.bias = conv.bias  # stays a parameter, which tells others the type and the device
         weight = getattr(ops, f"_reorder_{kind}_weight")(conv.weight, *spatial)
-        self.register_buffer("weight", weight, persistent=False)
+        self.register_buffer("weight", weight, persistent=False)  # as an attribute it is not traced
         self.operation = getattr(ops, f"_{kind}_pointwise")
         self.spatial = spatial
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from math import log
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -41,6 +42,24 @@ SAMPLE = 1 << 20  # places of all of them together, at most
 EXPERTS = (*PLACES, "typicality", "order", "turn", "neighbours")
 
 
+class Read(NamedTuple):
+    """What is read from the statistics of B images, on the CPU in double precision."""
+
+    distance: Tensor  # (B,) of the latent means, where the model lives, in its precision
+    statistics: Tensor  # (B, 21)
+    bands: Tensor  # (B,), as the others
+    complexity: Tensor
+    typicality: Tensor
+
+
+class Seen(NamedTuple):
+    """All that the scores of a batch need."""
+
+    evidence: Evidence
+    found: dict[str, Tensor]  # maps (B, S, S)
+    read: Read
+
+
 @dataclass(frozen=True)
 class Scorer:
     """All that the scores need besides the evidence; frozen after `learn`."""
@@ -68,11 +87,15 @@ class Scorer:
         moved = {name: to_device(getattr(self, name), device) for name in parts}
         return replace(self, **moved, variance=self.variance.to(device))
 
-    def statistics(self, e: Evidence, distance: Tensor) -> Tensor:
-        """All statistics beside each other, (B, 21), on the CPU in double precision."""
-        parts = [f(e) for f in scores.STATISTICS.values()]
-        far = (distance.to(e.mu)[:, None] + scores.FLOOR).log()
-        return torch.cat([*parts, far], dim=1).cpu().double()
+    def statistics(self, e: Evidence, distance: Tensor, of_images: Tensor | None = None) -> Tensor:
+        """All statistics beside each other, (B, 21), on the CPU in double precision.
+
+        `of_images` are the `image_statistics`, where the caller has them already.
+        """
+        if of_images is None:
+            of_images = scores.image_statistics(e.x, e.recon, e.mu, e.logvar)
+        far = (distance.to(of_images)[:, None] + scores.FLOOR).log()
+        return torch.cat([of_images, far], dim=1).cpu().double()
 
     def maps(self, e: Evidence) -> dict[str, Tensor]:
         """Every map at the model's resolution, (B, H, W)."""
@@ -87,16 +110,21 @@ class Scorer:
         """The maps that are fused, (B, H, W) each."""
         return _places(e, self.residual, self.spatial, self.structure)
 
-    def seen(self, model: VAE, x: Tensor, drawing: bool) -> tuple[Evidence, dict[str, Tensor]]:
-        """The evidence of images and their `places`, or all `maps` for `drawing`.
+    def seen(self, model: VAE, x: Tensor, drawing: bool) -> Seen:
+        """All that the scores of images read; their `places`, or all `maps` for `drawing`.
 
         What does not wait for anything else is computed `ahead`.
         """
         verdicts = ahead(partial(model.verdicts, x))
-        structure = ahead(partial(self.structure, x))
-        e = model.inspected(x)
-        found = _places(e, self.residual, self.spatial, lambda *_: structure())
-        return e._replace(**verdicts()), self._drawn(e, found) if drawing else found
+        structure = ahead(lambda: self.structure.distance(model.by_graph(local_statistics, x)))
+        own = model.reconstructed(x)
+        spatial = ahead(partial(self.spatial, own))
+        statistics = ahead(partial(self._read_statistics, own, model.by_graph))
+        e = own._replace(inspection=model.inspection(x))
+        found = _places(e, self.residual, lambda *_: spatial(), lambda *_: structure())
+        e = e._replace(**verdicts())
+        # Last: decisions are made on the CPU, which waits for a GPU here.
+        return Seen(e, self._drawn(e, found) if drawing else found, statistics())
 
     def fused_map(self, found: Tensor) -> Tensor:
         """Σ w r of the maps (4, B, S, S), r how rare their values are, (B, S, S), nats.
@@ -108,27 +136,41 @@ class Scorer:
         told = (self.rarity(found) * weights[:, None, None, None]).sum(dim=0)
         return maps.smooth(told, max(found.shape[-1] / 64, 0.5))
 
-    def __call__(self, e: Evidence, found: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+    def __call__(
+        self, e: Evidence, found: dict[str, Tensor] | None = None, read: Read | None = None
+    ) -> dict[str, Tensor]:
         """Every score, (B,) each, on the CPU in double precision; `fused` last.
 
-        `found` are the evidence's `places`, or all its `maps`, where the caller has them already.
+        `found` are the evidence's `places`, or all its `maps`, and `read` what was read from its
+        statistics, where the caller has them already.
         """
-        out, statistics = self._read(e, found)
+        out, statistics = self._read(e, found, read)
         if self.feedback.learned:  # otherwise its features would be read for nothing
             features = self.features(experts_of(out), statistics)
             out["fused"] = self.feedback(features, out["fused"])
         return out
 
+    def _read_statistics(self, e: Evidence, by_graph: Callable[..., Tensor] | None = None) -> Read:
+        """The statistics of images, and the scores that are read from them."""
+        of_images = None
+        if by_graph is not None:
+            of_images = by_graph(scores.image_statistics, e.x, e.recon, e.mu, e.logvar)
+        distance = self.mahalanobis(e)
+        found = self.statistics(e, distance, of_images)
+        bands, complexity = self.bands(found[:, RESIDUAL]), self.complexity(found[:, INPUT])
+        return Read(distance, found, bands, complexity, self.typicality(found))
+
     def _read(
-        self, e: Evidence, found: dict[str, Tensor] | None = None
+        self, e: Evidence, found: dict[str, Tensor] | None = None, read: Read | None = None
     ) -> tuple[dict[str, Tensor], Tensor]:
         """Every score as if nothing had been taught, and the statistics (B, 21)."""
         found = self.places(e) if found is None else found
+        read = self._read_statistics(e) if read is None else read
         shares = zip(PLACES, self.shares.tolist(), strict=True)
         error, rate = scores.reconstruction(e), scores.kl(e)
         plain = {
             "reconstruction": error,
-            "mahalanobis": self.mahalanobis(e),
+            "mahalanobis": read.distance,
             "kl": rate,
             "elbo": scores.elbo(error, rate, e.x[0].numel(), self.beta, self.variance),
             "spread": scores.spread(e),
@@ -138,15 +180,12 @@ class Scorer:
             "neighbours": self.neighbours(e),
         }
         # Together: every copy from a GPU waits for it.
-        told = torch.stack([*plain.values()], dim=1).cpu().double()
-        out = dict(zip(plain, told.unbind(dim=1), strict=True))
+        together = torch.stack([*plain.values()], dim=1).cpu().double()
+        out = dict(zip(plain, together.unbind(dim=1), strict=True))
         out |= self._weighted(out["reconstruction"], out["mahalanobis"])
-        statistics = self.statistics(e, plain["mahalanobis"])
-        out["bands"] = self.bands(statistics[:, RESIDUAL])
-        out["complexity"] = self.complexity(statistics[:, INPUT])
-        out["typicality"] = self.typicality(statistics)
+        out |= {k: getattr(read, k) for k in ("bands", "complexity", "typicality")}
         out["fused"] = self.fusion(experts_of(out))
-        return out, statistics
+        return out, read.statistics
 
     def features(self, experts: Tensor, statistics: Tensor) -> Tensor:
         """What feedback weighs, (B, F): experts (B, 8) and statistics (B, 21) as deviations."""
@@ -294,7 +333,7 @@ def _imagined(held: Batches, count: int) -> Iterator[Tensor]:
 def _places(
     e: Evidence,
     residual: ResidualMap,
-    spatial: SpatialMap,
+    spatial: Callable[[Evidence, bool], Tensor],
     structure: Callable[[Tensor, bool], Tensor],
     leave_out: bool = False,
 ) -> dict[str, Tensor]:
@@ -368,7 +407,7 @@ class _Gathered:
             "mu": e.mu,
             "direction": scores.direction(e),
             "reconstruction": scores.reconstruction(e),
-            "statistics": torch.cat([f(e) for f in scores.STATISTICS.values()], dim=1),
+            "statistics": scores.image_statistics(e.x, e.recon, e.mu, e.logvar),
             "order": scores.order(e),
             "turn": scores.turn(e),
         }

@@ -86,7 +86,7 @@ def _bands(image: Tensor) -> Tensor:
     """
     rest, energies = opponent(image), []
     for _ in range(BANDS):
-        even = 2 * (rest.shape[-1] // 2)
+        even = 2 * (int(rest.shape[-1]) // 2)  # a number, also where a graph is made of this
         rest = rest[..., :even, :even]
         top, bottom = rest[:, :, ::2], rest[:, :, 1::2]
         total, gap = top + bottom, top - bottom
@@ -179,7 +179,18 @@ class Neighbours:
         return self.to(direction(e))
 
 
+# Each reads the images, their reconstructions and the posterior, nothing else of the evidence.
 STATISTICS: dict[str, Callable[[Evidence], Tensor]] = {
     "bands": band_energies,
     "latent": latent_shape,
 }
+
+
+def image_statistics(x: Tensor, recon: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
+    """All `STATISTICS` beside each other, (B, 20), of the parts of the evidence that they read.
+
+    A graph can be made of a function of tensors.
+    """
+    none = x.new_empty(0)
+    e = Evidence(x, recon, mu, logvar, (), none, none, none)
+    return torch.cat([f(e) for f in STATISTICS.values()], dim=1)

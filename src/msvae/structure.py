@@ -38,7 +38,7 @@ def local_statistics(x: Tensor) -> Tensor:
     Log energies of three Laplacian bands, tone, log variance, the log eigenvalues of the structure
     tensor (Förstner & Gülch 1987), two colour differences and their energy, darkest and brightest.
     """
-    side = x.shape[-1]
+    side = int(x.shape[-1])  # a number, also where a graph is made of this
     window = max(WINDOW * side, 0.7)
     colours = opponent(x)
     luma, chroma = colours[:, 0].contiguous(), colours[:, 1:]
@@ -139,7 +139,7 @@ class StructureMap:
         if leave_out:
             gaps = gaps.masked_fill(gaps < SELF * told.shape[1] ** 0.5, torch.inf)
         near, alike = gaps.topk(min(ALIKE, gaps.shape[1]), dim=1, largest=False)
-        # Instead of one that is left out the most alike one comes twice, which changes nothing.
+        # Instead of one that is left out the most alike one comes twice.
         alike = torch.where(near.isinf(), alike[:, :1], alike)
         square = self._least_squares(queries, alike).unflatten(1, statistics.shape[2:])
         return (square.clamp_min(0) + 1e-8).sqrt()
@@ -209,20 +209,6 @@ def _nearest(queries: Tensor, places: Tensor) -> Tensor:
     return _least_product(asked, [places.flatten(0, 1)]) + queries.square().sum(dim=1)
 
 
-def _least_products(queries: Tensor, bank: Tensor, alike: Tensor) -> Tensor:
-    """The same of many images (B, L, K) on a GPU, each with the images `alike` (B, A) of the bank
-    (M, L', K), (B, L): a few large products instead of many small ones, which it would wait for.
-    """
-    distances = queries.shape[1] * alike.shape[1] * bank.shape[1]
-    size = max(GPU_BLOCK // distances, 1)
-    return torch.cat(
-        [
-            torch.bmm(q, bank[a].flatten(1, 2).mT).amin(dim=2).float()
-            for q, a in zip(queries.split(size), alike.split(size), strict=True)
-        ]
-    )
-
-
 def _least_product(queries: Tensor, banks: Sequence[Tensor]) -> Tensor:
     """The least product of each of the queries (L, K) with a row of the banks (N, K), (L,), float32.
 
@@ -238,3 +224,17 @@ def _least_product(queries: Tensor, banks: Sequence[Tensor]) -> Tensor:
             found = found.view(torch.int16)  # in the same order from 0 upwards, and far faster
         least.append(found.amin(dim=1))
     return torch.stack(least).amin(dim=0).view(queries.dtype).float()
+
+
+def _least_products(queries: Tensor, bank: Tensor, alike: Tensor) -> Tensor:
+    """The same for many images (B, L, K) at once, each with the images `alike` (B, A) of the bank
+    (M, L', K), (B, L), float32: a GPU wants a few large products, not many small ones.
+    """
+    distances = queries.shape[1] * alike.shape[1] * bank.shape[1]
+    size = max(GPU_BLOCK // distances, 1)
+    return torch.cat(
+        [
+            torch.bmm(q, bank[a].flatten(1, 2).mT).amin(dim=2).float()
+            for q, a in zip(queries.split(size), alike.split(size), strict=True)
+        ]
+    )
