@@ -10,13 +10,19 @@ from torch import nn
 
 from msvae import graphs
 from msvae.config import ModelConfig
-from msvae.graphs import MOST, OFTEN, OFTEN_MANY, Graphs
+from msvae.graphs import IN_ALL, MOST, OFTEN, OFTEN_MANY, Graphs
 from msvae.model import VAE
 from msvae.packed import can_pack
 from msvae.scores import image_statistics
 from msvae.structure import local_statistics
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def none_made_before(monkeypatch):
+    """Those of other tests do not count."""
+    monkeypatch.setattr(Graphs, "in_all", 0)
 
 
 class Counting(nn.Module):
@@ -58,6 +64,16 @@ def test_with_gradients_there_is_no_graph():
     for _ in range(2 * OFTEN):
         assert run(part.forward, x).requires_grad
     assert not run.made
+
+
+def test_a_process_makes_no_more_than_so_many(monkeypatch):
+    """torch never lets go of them."""
+    monkeypatch.setattr(Graphs, "in_all", IN_ALL - 1)
+    run, part = Graphs(), Counting()
+    for side in (8, 16, 32):
+        told(run, part, torch.rand(1, 3, side, side), 2 * OFTEN)
+    assert len(run.made) == 1
+    assert Graphs.in_all == IN_ALL
 
 
 class Moody(nn.Module):

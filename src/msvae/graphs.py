@@ -9,7 +9,7 @@ import inspect
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -19,7 +19,8 @@ from msvae.quiet import quiet
 # How often a shape has come when a graph is made for it, which takes 0.1 to 0.2 s: of single images it
 # saves a third of the time, of large batches a twentieth.
 OFTEN, OFTEN_MANY = 3, 32
-MOST = 16  # graphs of batches kept; single images are of one shape
+MOST = 16  # graphs of batches for one network; single images are of one shape
+IN_ALL = 128  # graphs made by a process: torch keeps 1 to 2 MB of each, even of those that are gone
 RUNS = 3  # torch changes a graph after its first runs: as many must say the same
 _TRACING = threading.Lock()  # torch traces in one thread of the process at a time
 
@@ -31,8 +32,10 @@ class Graphs:
 
     The function is one of a Python module, or a method of a frozen network. A graph gives the same bits
     as its function, or is not used. Nor is any where gradients are wanted, or where this torch makes
-    none. torch keeps the code of graphs, not their weights, as long as the process lives.
+    none.
     """
+
+    in_all: ClassVar[int] = 0
 
     def __init__(self) -> None:
         self.seen = Counter[Any]()
@@ -51,14 +54,20 @@ class Graphs:
             try:
                 if key not in self.made:  # by another thread meanwhile
                     self.made[key] = _graph(work, given, told) or work
+                    Graphs.in_all += 1
             finally:
                 _TRACING.release()
         return told
 
     def _due(self, key: Any, images: int) -> bool:
+        if Graphs.in_all >= IN_ALL:
+            return False
         if images == 1:
             return self.seen[key] >= OFTEN
         return self.seen[key] >= OFTEN_MANY and len(self.made) < MOST
+
+
+SHARED = Graphs()  # of functions, which are the same for all networks
 
 
 def _graph(work: Work, given: tuple[Tensor, ...], told: Any) -> Work | None:

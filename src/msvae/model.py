@@ -7,6 +7,7 @@ x with imagined defects ─ inspector ─► log-odds of a defect at each pixel 
 
 from collections.abc import Callable
 from copy import deepcopy
+from inspect import ismethod
 from itertools import pairwise, permutations
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from msvae import lowered
 from msvae.config import ModelConfig
 from msvae.evidence import Evidence, Verdicts
-from msvae.graphs import Graphs
+from msvae.graphs import SHARED, Graphs
 from msvae.packed import can_pack, pack
 
 ORDERS = tuple(permutations(range(3)))  # ORDERS[0] leaves the channels as they are
@@ -247,7 +248,9 @@ class VAE(nn.Module):
 
     def by_graph(self, work: Callable[..., Any], *given: Tensor) -> Any:
         """What a function gives for tensors (B, ...), by a graph where there is one."""
-        return work(*given) if self.graphs is None else self.graphs(work, *given)
+        if self.graphs is None:
+            return work(*given)
+        return (self.graphs if ismethod(work) else SHARED)(work, *given)
 
     def frozen(self, dtype: torch.dtype) -> "VAE":
         """A copy for scoring, in `dtype`: batch norms folded into their convolutions, no gradients.
