@@ -10,7 +10,7 @@ from torch import nn
 
 from msvae import graphs
 from msvae.config import ModelConfig
-from msvae.graphs import IN_ALL, OFTEN, Graphs
+from msvae.graphs import IN_ALL, MOST, OFTEN, OFTEN_MANY, Graphs
 from msvae.model import VAE
 from msvae.packed import can_pack
 from msvae.scores import image_statistics
@@ -43,17 +43,18 @@ def told(run, part, x, times):
         return [run(part.forward, x) for _ in range(times)]
 
 
-def test_python_is_asked_no_more_once_a_shape_came_often():
+@pytest.mark.parametrize(("images", "often"), [(1, OFTEN), (4, OFTEN_MANY)])
+def test_python_is_asked_no_more_once_a_shape_came_often(images, often):
     """Until then at each call; then once more, for the tracing."""
-    run, part, x = Graphs(), Counting(), torch.rand(1, 3, 8, 8)
-    assert all(torch.equal(y, 2 * x) for y in told(run, part, x, OFTEN - 1))
-    assert part.asked == OFTEN - 1
+    run, part, x = Graphs(), Counting(), torch.rand(images, 3, 8, 8)
+    assert all(torch.equal(y, 2 * x) for y in told(run, part, x, often - 1))
+    assert part.asked == often - 1
     told(run, part, x, 1)
     asked = part.asked
-    y = torch.rand(1, 3, 8, 8)
+    y = torch.rand(images, 3, 8, 8)
     assert all(torch.equal(z, 2 * y) for z in told(run, part, y, 5))
     assert part.asked == asked
-    told(run, part, torch.rand(1, 3, 16, 16), 1)
+    told(run, part, torch.rand(images, 3, 16, 16), 1)
     assert part.asked == asked + 1
 
 
@@ -101,12 +102,14 @@ def test_a_graph_that_fails_or_says_otherwise_is_not_used(part):
     assert [*run.made.values()] == [part.forward]
 
 
-def test_batches_have_no_graphs():
-    """While one is made, all that lies between the layers is kept."""
+def test_graphs_are_not_kept_without_end():
+    """Of many shapes of batches only the first ones that came often have one; single images have."""
     run, part = Graphs(), Counting()
-    told(run, part, torch.rand(2, 3, 8, 8), 40)
-    assert part.asked == 40
-    assert not run.made
+    for images in range(2, MOST + 6):
+        told(run, part, torch.rand(images, 3, 8, 8), OFTEN_MANY)
+    assert len(run.made) == MOST
+    told(run, part, torch.rand(1, 3, 8, 8), OFTEN)
+    assert len(run.made) == MOST + 1
 
 
 def test_while_one_thread_traces_the_others_go_on(monkeypatch):
@@ -145,19 +148,20 @@ def test_statistics_become_graphs_too(side):
 
 
 @pytest.mark.skipif(not can_pack(CPU), reason="needs oneDNN's operations")
+@pytest.mark.parametrize("images", [1, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_all_networks_become_graphs_that_say_the_same(dtype):
+def test_all_networks_become_graphs_that_say_the_same(dtype, images):
     """Evidence to the bit, with packed convolutions, both precisions."""
     torch.manual_seed(0)
     config = ModelConfig(image_size=64, latent_dim=8, hidden_dims=(8, 16, 16))
     model = VAE(config).eval().frozen(dtype)
     run = model.graphs
-    x = torch.rand(1, 3, 64, 64)
+    x = torch.rand(images, 3, 64, 64)
     with torch.no_grad():
         model.graphs = None
         plain = model.evidence(x)
         model.graphs = run
-        for _ in range(OFTEN + 2):
+        for _ in range(OFTEN_MANY + 2):
             e = model.evidence(x)
     assert len(run.made) == 3
     assert not any(inspect.ismethod(graph) for graph in run.made.values())

@@ -20,10 +20,10 @@ from msvae import explain, heap, references, store
 from msvae.beside import spread
 from msvae.calibration import Calibration, Decision, needed, rank
 from msvae.compute import (
-    batch_of,
     choose_device,
     compute_type,
     in_parallel,
+    scanned,
     shares,
     to_batch,
     workers_on,
@@ -178,7 +178,8 @@ class Detector:
             except ImageError as error:
                 return error
 
-        chunks = shares(len(sources), batch_of(c.image_size, self.device), workers_on(self.device))
+        size = scanned(c.image_size, self.device)
+        chunks = shares(len(sources), size, workers_on(self.device))
         with ThreadPoolExecutor(decoders()) as pool:
             # a thread would take longer to start than a single image to decode
             spread = pool.map if len(sources) > 1 else map
