@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench.material import Material
 from bench.peers import Peer
-from bench.rows import Once, Row, compared, interleaved, rates, settle, timed
+from bench.rows import Once, Row, compared, interleaved, rates, timed
 from bench.scoring import against_ideal
 from bench.training import bare, bare_steps, loop
 from msvae.compute import batch_of, choose_device, to_batch
@@ -29,7 +29,7 @@ ROUNDS = 5
 def products(device: torch.device) -> Once:
     """Operations a second of products of large bfloat16 matrices."""
     a, b = (torch.randn(SIZE, SIZE, device=device).bfloat16() for _ in range(2))
-    seconds = timed(lambda: [a @ b for _ in range(PRODUCTS)], settle)
+    seconds = timed(lambda: [a @ b for _ in range(PRODUCTS)])
     return lambda: 2 * SIZE**3 * PRODUCTS / seconds()
 
 

@@ -58,22 +58,17 @@ def interleaved(contestants: Mapping[str, Once], rounds: int) -> dict[str, list[
     return told
 
 
-def timed(work: Callable[[], object], settle: Callable[[], object] = lambda: None) -> Once:
-    """Seconds that the work takes, until it has settled: a GPU works on behind Python's back."""
+def timed(work: Callable[[], object]) -> Once:
+    """Seconds that the work takes; a GPU works on behind Python's back and is waited for."""
 
     def once() -> float:
         began = time.perf_counter()
         work()
-        settle()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         return time.perf_counter() - began
 
     return once
-
-
-def settle() -> None:
-    """Wait for the GPU, where there is one."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 def compared(

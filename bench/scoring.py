@@ -11,7 +11,7 @@ import torch
 
 from bench.material import SIDES, Material
 from bench.peers import Peer
-from bench.rows import Row, compared, interleaved, rates, settle, timed
+from bench.rows import Row, compared, interleaved, rates, timed
 from msvae.compute import batch_of, compute_type, to_batch
 from msvae.data.images import load_image
 from msvae.detector import Detector
@@ -106,7 +106,7 @@ def _one_image(material: Material, detector: Detector, side: int) -> Row:
     told = interleaved(
         {
             "score": timed(lambda: [detector.score(path) for _ in range(WARM)]),
-            "forward": timed(lambda: [forward() for _ in range(WARM)], settle),
+            "forward": timed(lambda: [forward() for _ in range(WARM)]),
         },
         ROUNDS,
     )

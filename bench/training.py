@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from bench.material import SIDES, Material
 from bench.peers import HERE, Peer
-from bench.rows import Once, Row, compared, interleaved, rates, settle, timed
+from bench.rows import Once, Row, compared, interleaved, rates, timed
 from msvae import heap
 from msvae.alongside import Reached
 from msvae.compute import choose_device, to_batch
@@ -60,7 +60,7 @@ def loop(material: Material, config: Config, steps: int) -> Once:
         with heap.kept():
             teach_both(model, parts[0], config, train_vae)
 
-    return timed(both, settle)
+    return timed(both)
 
 
 def bare(config: Config, steps: int) -> Once:
@@ -76,7 +76,7 @@ def bare(config: Config, steps: int) -> Once:
             for _ in range(steps):
                 one()
 
-    return timed(both, settle)
+    return timed(both)
 
 
 def bare_steps(config: Config) -> list[Callable[[], None]]:

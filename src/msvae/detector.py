@@ -276,7 +276,6 @@ def run(
     device = next(model.parameters()).device
     scores = _Scores(count)
     maps: dict[str, Spool] = {}
-    times = 0
 
     drawing = with_maps or each is not None
 
@@ -287,9 +286,9 @@ def run(
             return scorer(*seen), seen.found if drawing else {}
 
     for told, found in in_parallel(work, batches, device):
+        before = scores.filled
         scores.add(told)
-        if scores.filled // GIVEN_BACK > times:
-            times += 1
+        if scores.filled // GIVEN_BACK > before // GIVEN_BACK:
             heap.give_back()
         if not drawing:
             continue

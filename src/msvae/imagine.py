@@ -35,8 +35,14 @@ class Imagination:
     colour: float  # 1 where the normal images have colour, else 0: tints would betray the defects
 
     @classmethod
-    def prepare(cls, side: int, coloured: bool, generator: torch.Generator) -> "Imagination":
-        """Draw the masks; those that would hardly be seen are left out."""
+    def prepare(
+        cls,
+        side: int,
+        coloured: bool,
+        generator: torch.Generator,
+        device: torch.device | None = None,
+    ) -> "Imagination":
+        """Draw the masks, to lie on `device`; those that would hardly be seen are left out."""
         drawn = min(side, FINEST)
         masks = torch.cat([_lines(LINES, drawn, generator), _blots(BLOTS, drawn, generator)])
         share = masks.mean(dim=(1, 2))
@@ -44,7 +50,8 @@ class Imagination:
         count = min(NOISES, max(NOISES * FINEST**2 // side**2, 8))
         grain = torch.randn(count, 1, side, side, generator=generator)
         coarse = _field(count, side, max(side // 4, 2), generator)[:, None]
-        return cls(masks, grain.mul_(0.4).add_(coarse.mul_(0.7)), float(coloured))
+        noises = grain.mul_(0.4).add_(coarse.mul_(0.7))
+        return cls(masks.to(device), noises.to(device), float(coloured))
 
     def __call__(self, x: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Spoilt copies of images (B, 3, S, S) in [0, 1], and where they were changed, (B, S, S)."""

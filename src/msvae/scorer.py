@@ -29,6 +29,7 @@ from msvae.structure import StructureMap, local_statistics, thinning
 from msvae.tensors import to_device
 
 Batches = Callable[[], Iterable[Tensor]]  # each call goes over the training images once more
+Work = Callable[..., Tensor]
 Places = Callable[..., dict[str, Tensor]]  # the maps of an image's evidence
 Told = tuple[Tensor, Tensor]
 
@@ -87,15 +88,16 @@ class Scorer:
         moved = {name: to_device(getattr(self, name), device) for name in parts}
         return replace(self, **moved, variance=self.variance.to(device))
 
-    def statistics(self, e: Evidence, distance: Tensor, of_images: Tensor | None = None) -> Tensor:
+    def statistics(
+        self, e: Evidence, distance: Tensor, read: Work = scores.image_statistics
+    ) -> Tensor:
         """All statistics beside each other, (B, 21), on the CPU in double precision.
 
-        `of_images` are the `image_statistics`, where the caller has them already.
+        `read` gives the `image_statistics`, by a graph perhaps.
         """
-        if of_images is None:
-            of_images = scores.image_statistics(e.x, e.recon, e.mu, e.logvar)
-        far = (distance.to(of_images)[:, None] + scores.FLOOR).log()
-        return torch.cat([of_images, far], dim=1).cpu().double()
+        found = read(e.x, e.recon, e.mu, e.logvar)
+        far = (distance.to(found)[:, None] + scores.FLOOR).log()
+        return torch.cat([found, far], dim=1).cpu().double()
 
     def maps(self, e: Evidence) -> dict[str, Tensor]:
         """Every map at the model's resolution, (B, H, W)."""
@@ -119,7 +121,8 @@ class Scorer:
         structure = ahead(lambda: self.structure.distance(model.by_graph(local_statistics, x)))
         own = model.reconstructed(x)
         spatial = ahead(partial(self.spatial, own))
-        statistics = ahead(partial(self._read_statistics, own, model.by_graph))
+        of_images = partial(model.by_graph, scores.image_statistics)
+        statistics = ahead(partial(self._read_statistics, own, of_images))
         e = own._replace(inspection=model.inspection(x))
         found = _places(e, self.residual, lambda *_: spatial(), lambda *_: structure())
         e = e._replace(**verdicts())
@@ -150,13 +153,10 @@ class Scorer:
             out["fused"] = self.feedback(features, out["fused"])
         return out
 
-    def _read_statistics(self, e: Evidence, by_graph: Callable[..., Tensor] | None = None) -> Read:
+    def _read_statistics(self, e: Evidence, read: Work = scores.image_statistics) -> Read:
         """The statistics of images, and the scores that are read from them."""
-        of_images = None
-        if by_graph is not None:
-            of_images = by_graph(scores.image_statistics, e.x, e.recon, e.mu, e.logvar)
         distance = self.mahalanobis(e)
-        found = self.statistics(e, distance, of_images)
+        found = self.statistics(e, distance, read)
         bands, complexity = self.bands(found[:, RESIDUAL]), self.complexity(found[:, INPUT])
         return Read(distance, found, bands, complexity, self.typicality(found))
 
@@ -322,8 +322,7 @@ def _imagined(held: Batches, count: int) -> Iterator[Tensor]:
             if len(x) < FOURS:
                 x = x.repeat(FOURS, 1, 1, 1)
             if imagination is None:
-                drawn = Imagination.prepare(x.shape[-1], with_colour, gen)
-                imagination = to_device(drawn, x.device)
+                imagination = Imagination.prepare(x.shape[-1], with_colour, gen, x.device)
             spoilt, mask = imagination(x, gen)
             shown = mask.flatten(1).any(dim=1)
             if shown.any():

@@ -26,7 +26,6 @@ from msvae.errors import TrainingError
 from msvae.imagine import Imagination, coloured, varied
 from msvae.model import ORDERS, TURNS, VAE, Companion
 from msvae.progress import Progress, Seldom, Silent
-from msvae.tensors import to_device
 from msvae.train import DIVERGED, descend, generator_of, learning_rate
 
 T = TypeVar("T")
@@ -200,8 +199,7 @@ def train_inspector(
         return
     device, gen = next(model.parameters()).device, generator_of(c.seed, -2)
     precision = autocast(c, device)
-    drawn = Imagination.prepare(side, coloured(_some(pixels, device)), gen)
-    imagination = to_device(drawn, device)
+    imagination = Imagination.prepare(side, coloured(_some(pixels, device)), gen, device)
     rows = _endless(len(pixels), 32 if side <= 64 else 16, gen)
     lying = not upright(model, stop)
 
