@@ -17,8 +17,9 @@ from bench.peers import HERE, Peer
 from bench.rows import Once, Row, compared, interleaved, rates, timed
 from msvae import heap
 from msvae.alongside import Reached
-from msvae.compute import choose_device, to_batch
+from msvae.compute import choose_device, lowers, to_batch
 from msvae.config import Config
+from msvae.descent import AdamW
 from msvae.fitting import Keeper
 from msvae.model import ORDERS, TURNS, VAE
 from msvae.teach import pretext_loss, teach_both
@@ -90,19 +91,19 @@ def bare_steps(config: Config) -> list[Callable[[], None]]:
     noise = torch.randn(size, config.model.latent_dim, device=device)
 
     def step() -> None:
-        trainer.optimiser.zero_grad(set_to_none=True)
+        trainer.optimiser.zero_grad()
         trainer.losses(x, noise).total.backward()
         trainer.optimiser.step()
 
     if companion is None:
         return [step]
-    other = torch.optim.AdamW(companion.parameters(), lr=1e-3, fused=True)
+    other = AdamW([companion], 1e-3, 1e-4, lowers(config.train, device))
     small, same = companion.reduced(x), torch.zeros(size, dtype=torch.long, device=device)
 
     def companion_step() -> None:
         with trainer.precision:
             loss = pretext_loss(companion, small, same, same)
-        other.zero_grad(set_to_none=True)
+        other.zero_grad()
         loss.backward()
         other.step()
 

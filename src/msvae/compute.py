@@ -44,6 +44,11 @@ def autocast(config: TrainConfig, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=low)
 
 
+def lowers(config: TrainConfig, device: torch.device) -> bool:
+    """Whether weights are to have copies in bfloat16 while they train."""
+    return device.type == "cpu" and compute_type(config, device) is torch.bfloat16
+
+
 def to_batch(pixels: Pixels, device: torch.device) -> Tensor:
     """Pixels (B, S, S, 3) as images (B, 3, S, S) in [0, 1], channels last in memory."""
     x = torch.from_numpy(np.ascontiguousarray(pixels))

@@ -1,8 +1,10 @@
-"""Convolutions for training in bfloat16 on a CPU: gradients of wide ones as matrix products.
+"""Layers for training in bfloat16 on a CPU, where time goes into moving numbers about.
 
-Where there are many channels and few places, oneDNN spends most of the gradient of the weights on
-laying it out. A product with the windows beneath the kernel (im2col; Chellapilla et al. 2006) takes
-a fifth to three quarters of the time.
+Gradients of wide convolutions are matrix products: where there are many channels and few places,
+oneDNN spends most of the gradient of the weights on laying it out. A product with the windows
+beneath the kernel (im2col; Chellapilla et al. 2006) takes a fifth to three quarters of the time.
+Weights may have a `low` copy in bfloat16, which the optimiser keeps. And where there are `native`
+loops, batch norm and SiLU are one operation.
 """
 
 from typing import Any, cast
@@ -12,12 +14,33 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from msvae import native
+
 # Pairs of channels at least, and places of the coarser map at most, for which the windows cost less
 # than they spare (LOG.md).
 WIDE, PLACES = 8192, 2048
 
 
-class Conv2d(nn.Conv2d):
+class Lowered:
+    """A layer whose weight may have a copy in bfloat16 that stands for it while it trains."""
+
+    weight: Tensor
+    low: Tensor | None = None
+
+    def trained(self, weight: Tensor) -> Tensor:
+        """The copy, where there is one and gradients are wanted, else the weight itself."""
+        return self.low if self.low is not None and torch.is_grad_enabled() else weight
+
+
+class Linear(Lowered, nn.Linear):
+    """torch's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, N) -> (B, M)."""
+        return F.linear(x, self.trained(self.weight), self.bias)
+
+
+class Conv2d(Lowered, nn.Conv2d):
     """torch's with a square kernel, with faster gradients where it is wide."""
 
     def __init__(
@@ -29,10 +52,10 @@ class Conv2d(nn.Conv2d):
         """(B, C, h, w) -> (B, C', h', w')."""
         if _pays(self, x, self.stride[0] ** 2):
             return _by_products(self, x, up=False)
-        return super().forward(x)
+        return self._conv_forward(x, self.trained(self.weight), self.bias)
 
 
-class ConvTranspose2d(nn.ConvTranspose2d):
+class ConvTranspose2d(Lowered, nn.ConvTranspose2d):
     """The same for the transposed one."""
 
     def __init__(
@@ -44,6 +67,9 @@ class ConvTranspose2d(nn.ConvTranspose2d):
         """(B, C, h, w) -> (B, C', h', w')."""
         if output_size is None and _pays(self, x, 1):
             return _by_products(self, x, up=True)
+        if output_size is None:
+            weight, padding = self.trained(self.weight), cast("tuple[int, ...]", self.padding)
+            return F.conv_transpose2d(x, weight, self.bias, self.stride, padding)
         return super().forward(x, output_size)
 
 
@@ -57,7 +83,7 @@ def _pays(conv: Conv2d | ConvTranspose2d, x: Tensor, smaller: int) -> bool:
 
 
 def _by_products(conv: Conv2d | ConvTranspose2d, x: Tensor, up: bool) -> Tensor:
-    weight, apply = conv.weight.to(x.dtype), cast("Any", _ByProducts.apply)
+    weight, apply = conv.trained(conv.weight).to(x.dtype), cast("Any", _ByProducts.apply)
     out: Tensor = apply(x, weight, conv.stride[0], conv.padding[0], up)
     return out
 
@@ -106,3 +132,61 @@ def windows(maps: Tensor, size: int, stride: int, padding: int) -> Tensor:
     line = wide * c  # a row of a window lies in one piece
     steps = (high * line, stride * line, stride * c, line, 1)
     return padded.as_strided((b, *places, size, size * c), steps).reshape(-1, size * size * c)
+
+
+class Stage(nn.Sequential):
+    """Layers one after the other, a batch norm and the SiLU behind it as one where that is faster."""
+
+    def forward(self, h: Tensor) -> Tensor:
+        """(B, C, h, w) -> what the last layer gives."""
+        layers = [*self]
+        while layers:
+            layer = layers.pop(0)
+            if layers and isinstance(layers[0], nn.SiLU) and _joins(layer, h):
+                layers.pop(0)
+                h = cast("Any", _NormSiLU.apply)(h, layer.weight, layer.bias, layer)
+            else:
+                h = layer(h)
+        return h
+
+
+def _joins(norm: nn.Module, h: Tensor) -> bool:
+    """Whether a layer is a batch norm that can be computed with its SiLU, of maps h."""
+    return (
+        isinstance(norm, nn.BatchNorm2d)
+        and norm.training
+        and norm.num_features % native.LINE == 0
+        and native.library() is not None
+        and torch.is_grad_enabled()
+        and h.dtype == torch.bfloat16
+        and h.device.type == "cpu"
+        and h.is_contiguous(memory_format=torch.channels_last)
+    )
+
+
+class _NormSiLU(torch.autograd.Function):
+    """SiLU of the batch norm (Ioffe & Szegedy 2015) of maps (B, C, h, w) in bfloat16, channels last.
+
+    With u = a x + b, what comes from above is d = g σ(u) (1 + u (1 - σ(u))), and what goes below
+    a (d - mean(d) - x̂ mean(d x̂)), x̂ the normalised maps. Only x is kept for it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, norm: nn.BatchNorm2d) -> Tensor:
+        mean, variance, seen = norm.running_mean, norm.running_var, norm.num_batches_tracked
+        assert mean is not None
+        assert variance is not None
+        assert seen is not None
+        assert norm.momentum is not None
+        running = mean, variance
+        out, ctx.told = native.norm_silu(x, (weight, bias), running, norm.momentum, norm.eps)
+        seen.add_(1)
+        ctx.save_for_backward(x)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        (x,) = ctx.saved_tensors
+        above = gradient.contiguous(memory_format=torch.channels_last)
+        return *native.norm_silu_gradient(x, above, ctx.told), None

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from msvae import native
 from msvae.evidence import Evidence
 
 SPATIAL_CHANNELS = 64
@@ -33,6 +34,8 @@ def opponent(x: Tensor) -> Tensor:
 
 def reconstruction_map(e: Evidence) -> Tensor:
     """Mean over the channels of (x - x̂)², (B, H, W), squared intensity: the seed method's heatmap."""
+    if native.suits(e.x) and native.suits(e.recon):
+        return native.squared_error(e.x, e.recon)
     return (e.x - e.recon).square().mean(dim=1)
 
 
@@ -55,6 +58,8 @@ def oddest(maps: Tensor, share: float) -> Tensor:
     """
     flat = maps.flatten(1)
     count = max(1, round(share * flat.shape[1]))
+    if native.suits(flat):
+        return native.greatest_means(flat, count)
     return flat.topk(count, dim=1, sorted=False).values.mean(dim=1)
 
 
@@ -64,22 +69,31 @@ def smooth(maps: Tensor, sigma: float) -> Tensor:
     A product with a matrix on either side: on a CPU several times faster than convolutions of one
     channel.
     """
-    sides = map(int, maps.shape[-2:])  # numbers, also where a graph is made of this
-    down, across = (blurring(n, sigma, maps.device).to(maps) for n in sides)
+    high, wide = map(int, maps.shape[-2:])  # numbers, also where a graph is made of this
+    if high == wide and native.suits(maps):
+        return native.blur(maps, gaussian(high, sigma))
+    down, across = (blurring(n, sigma, maps.device).to(maps) for n in (high, wide))
     return down @ (maps @ across.T)
+
+
+@lru_cache(maxsize=64)
+@torch.inference_mode(mode=False)  # what is kept serves gradients too
+def gaussian(n: int, sigma: float) -> Tensor:
+    """The weights (2 r + 1,) of a Gaussian for n values, r at most n - 1."""
+    radius = min(max(1, round(3 * sigma)), n - 1)
+    kernel = (-0.5 * (torch.arange(-radius, radius + 1).double() / sigma).square()).exp()
+    return (kernel / kernel.sum()).float()
 
 
 @lru_cache(maxsize=64)
 @torch.inference_mode(mode=False)  # what is kept serves gradients too
 def blurring(n: int, sigma: float, device: torch.device) -> Tensor:
     """The matrix (n, n) of a Gaussian blur of n values, mirrored at both ends."""
-    radius = min(max(1, round(3 * sigma)), n - 1)
+    kernel = gaussian(n, sigma).expand(n, -1)
+    radius = kernel.shape[1] // 2
     at = torch.arange(-radius, radius + 1)
-    kernel = (-0.5 * (at.double() / sigma).square()).exp()
-    kernel = (kernel / kernel.sum()).expand(n, -1)
     mirrored = n - 1 - (n - 1 - (torch.arange(n)[:, None] + at).abs()).abs()
-    matrix = torch.zeros(n, n, dtype=torch.float64).scatter_add_(1, mirrored, kernel)
-    return matrix.float().to(device)
+    return torch.zeros(n, n).scatter_add_(1, mirrored, kernel).to(device)
 
 
 def enlarge(maps: Tensor, side: int) -> Tensor:
@@ -249,14 +263,16 @@ class SpatialMap:
         The three finest maps beside each other at that size, mixed by `mix`. Mixing and resizing
         are both linear: what comes first changes nothing, and so it is what makes less of them.
         """
-        side, found = max(e.x.shape[-1] // 4, 2), e.features[:3]
-        out = e.x.new_zeros(())
+        side, found, parts = max(e.x.shape[-1] // 4, 2), e.features[:3], []
         for f, part in zip(found, mix.split([f.shape[1] for f in found]), strict=True):
             small = F.adaptive_avg_pool2d(f, side) if f.shape[-1] > side else f
             mixed = small.permute(0, 2, 3, 1).to(mix.dtype) @ part
             if mixed.shape[1] < side:
                 mixed = _wide(mixed, side)
-            out = out + mixed
+            parts.append(mixed)
+        out = parts[0]
+        for part in parts[1:]:
+            out += part  # no more memory
         return out.flatten(1, 2)
 
     @classmethod
@@ -272,12 +288,21 @@ class SpatialMap:
 
         `leave_out` corrects the distances of the training images themselves.
         """
-        v = (self.local(e, self.mix) - self.mean).transpose(0, 1)  # (L, B, D)
-        d = torch.bmm(v, self.whiten).square().sum(dim=2).T
+        v = self.local(e, self.mix)
+        if v.shape[2] == native.DIMENSIONS and native.suits(v):
+            d = native.place_distances(v, self.mean, self.packed)
+        else:
+            d = torch.bmm((v - self.mean).transpose(0, 1), self.whiten).square().sum(dim=2).T
         if leave_out:
             d = left_out(d, self.n, 1 - self.shrinkage)
         side = round(d.shape[1] ** 0.5)
         return (d / v.shape[2] + FLOOR).sqrt().unflatten(1, (side, side))
+
+    @cached_property
+    @torch.inference_mode(mode=False)
+    def packed(self) -> Tensor:
+        """The rows of `whiten`, which is upper triangular, as the compiled loops take them."""
+        return native.packed_triangles(self.whiten)
 
 
 def _wide(vectors: Tensor, side: int) -> Tensor:

@@ -20,6 +20,7 @@ from msvae import lowered
 from msvae.config import ModelConfig
 from msvae.evidence import Evidence, Verdicts
 from msvae.graphs import SHARED, Graphs
+from msvae.native import Painter
 from msvae.packed import can_pack, pack
 
 ORDERS = tuple(permutations(range(3)))  # ORDERS[0] leaves the channels as they are
@@ -36,13 +37,13 @@ EXACT = ("to_mu", "to_logvar", "to_pixels.0", "companion.head")  # layers kept i
 def _stage(width_in: int, width: int, stride: int, batch_norm: bool) -> nn.Sequential:
     norm = nn.BatchNorm2d(width) if batch_norm else nn.Identity()
     conv = lowered.Conv2d(width_in, width, 3, stride, padding=1, bias=not batch_norm)
-    return nn.Sequential(conv, norm, nn.SiLU())
+    return lowered.Stage(conv, norm, nn.SiLU())
 
 
 def _stage_up(width_in: int, width: int, batch_norm: bool) -> nn.Sequential:
     norm = nn.BatchNorm2d(width) if batch_norm else nn.Identity()
     conv = lowered.ConvTranspose2d(width_in, width, 4, 2, padding=1, bias=not batch_norm)
-    return nn.Sequential(conv, norm, nn.SiLU())
+    return lowered.Stage(conv, norm, nn.SiLU())
 
 
 class Residual(nn.Module):
@@ -132,7 +133,7 @@ class Inspector(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         first = nn.Conv2d(3, self.WIDTHS[0], 4, 2, padding=1, bias=False)
-        stem = nn.Sequential(
+        stem = lowered.Stage(
             first, nn.BatchNorm2d(self.WIDTHS[0]), nn.SiLU(), _stage(32, self.WIDTHS[0], 1, True)
         )
         self.downs = nn.ModuleList([stem])
@@ -174,9 +175,9 @@ class VAE(nn.Module):
             self.stages.append(_stage(width_in, width, stride, norm))
         flat = widths[-1] * self.side**2
         self.dropout = nn.Dropout(config.dropout)
-        self.to_mu = nn.Linear(flat, config.latent_dim)
-        self.to_logvar = nn.Linear(flat, config.latent_dim)
-        self.from_latent = nn.Linear(config.latent_dim, flat)
+        self.to_mu = lowered.Linear(flat, config.latent_dim)
+        self.to_logvar = lowered.Linear(flat, config.latent_dim)
+        self.from_latent = lowered.Linear(config.latent_dim, flat)
         mirrored = widths[::-1][: strides.count(2)]
         self.ups = nn.Sequential(*[_stage_up(a, b, norm) for a, b in pairwise(mirrored)])
         # The last step to full size is a sub-pixel convolution (Shi et al. 2016): wide maps at
@@ -186,7 +187,8 @@ class VAE(nn.Module):
         )
         self.companion = Companion() if config.companion else None
         self.inspector = Inspector() if config.inspector else None
-        self.graphs: Graphs | None = None  # of a frozen copy
+        self.graphs: Graphs | None = None  # of a frozen copy, as what follows
+        self.painter: Painter | None = None
 
     def encode(self, x: Tensor) -> tuple[Tensor, ...]:
         """Maps of every stage, fine to coarse, of images (B, 3, H, W) in [0, 1]."""
@@ -204,25 +206,43 @@ class VAE(nn.Module):
 
     def decode(self, z: Tensor) -> Tensor:
         """Decoder mean (B, 3, H, W) in (0, 1) of latents (B, Z)."""
+        return self.painted(self.drawn(z))
+
+    def drawn(self, z: Tensor) -> Tensor:
+        """The decoder's last maps (B, C, H / 2, W / 2) of latents (B, Z)."""
         h = self.dropout(self.from_latent(_cast(z, self.from_latent)))
         h = h.unflatten(1, (self.side, self.side, -1)).permute(0, 3, 1, 2)  # channels last
-        h = _cast(self.ups(h), self.to_pixels)
-        recon: Tensor = self.to_pixels(h).float().sigmoid()
+        out: Tensor = self.ups(h)
+        return out
+
+    def painted(self, maps: Tensor) -> Tensor:
+        """The decoder mean (B, 3, H, W) of its last maps."""
+        if self.painter is not None:
+            return self.painter(maps)
+        recon: Tensor = self.to_pixels(_cast(maps, self.to_pixels)).float().sigmoid()
         return recon
 
-    def forward(self, x: Tensor, noise: Tensor | None = None) -> Evidence:
-        """The VAE alone; `noise` (B, Z) samples the posterior, without it the mean is decoded."""
+    def unpainted(self, x: Tensor, noise: Tensor | None = None) -> Evidence:
+        """The VAE's pass, with the decoder's last maps for a reconstruction."""
         features = self.encode(x)
         mu, logvar = self.posterior(features[-1])
         z = mu if noise is None else mu + noise * (0.5 * logvar).exp()
         embedding = features[-1].mean(dim=(2, 3)).float()
         b = len(x)
         inspection, pretext = x.new_zeros(b, 0, 0), x.new_zeros(b, 0)
-        return Evidence(x, self.decode(z), mu, logvar, features, embedding, inspection, pretext)
+        return Evidence(x, self.drawn(z), mu, logvar, features, embedding, inspection, pretext)
+
+    def forward(self, x: Tensor, noise: Tensor | None = None) -> Evidence:
+        """The VAE alone; `noise` (B, Z) samples the posterior, without it the mean is decoded."""
+        e = self.unpainted(x, noise)
+        return e._replace(recon=self.painted(e.recon))
 
     def reconstructed(self, x: Tensor) -> Evidence:
         """The VAE's pass, of the posterior mean."""
-        return Evidence(*self.by_graph(self.forward, x))
+        if self.painter is None:
+            return Evidence(*self.by_graph(self.forward, x))
+        e = Evidence(*self.by_graph(self.unpainted, x))
+        return e._replace(recon=self.painter(e.recon))
 
     def inspection(self, x: Tensor) -> Tensor:
         """What the inspector says of images, (B, S, S); (B, 0, 0) without one."""
@@ -269,6 +289,9 @@ class VAE(nn.Module):
             for block in blocks:
                 pack(block)
             copy.graphs = Graphs()
+            conv = copy.to_pixels[0]
+            if dtype == torch.bfloat16 and Painter.suits(conv, self.config.image_size // 2):
+                copy.painter = Painter(conv)
         return copy
 
 

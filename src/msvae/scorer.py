@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from msvae import maps, scores
+from msvae import maps, native, scores
 from msvae.beside import ahead
 from msvae.evidence import Evidence
 from msvae.feedback import Feedback
@@ -118,10 +118,12 @@ class Scorer:
         What does not wait for anything else is computed `ahead`.
         """
         verdicts = ahead(partial(model.verdicts, x))
-        structure = ahead(lambda: self.structure.distance(model.by_graph(local_statistics, x)))
+        structure = ahead(lambda: self.structure.distance(local_statistics(x, model.by_graph)))
         own = model.reconstructed(x)
         spatial = ahead(partial(self.spatial, own))
-        of_images = partial(model.by_graph, scores.image_statistics)
+        of_images: Work = scores.image_statistics
+        if not native.suits(x):
+            of_images = partial(model.by_graph, of_images)
         statistics = ahead(partial(self._read_statistics, own, of_images))
         e = own._replace(inspection=model.inspection(x))
         found = _places(e, self.residual, lambda *_: spatial(), lambda *_: structure())

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from msvae import native
 from msvae.evidence import Evidence
-from msvae.maps import left_out, opponent
+from msvae.maps import left_out, opponent, reconstruction_map
 
 FLOOR = 1e-8
 BANDS = 3
@@ -26,7 +27,7 @@ QUERIES = 1024  # images compared with all of them at a time
 
 def reconstruction(e: Evidence) -> Tensor:
     """||x - x̂||², mean over pixels and channels, (B,), squared intensity (the seed method)."""
-    return (e.x - e.recon).square().mean(dim=(1, 2, 3))
+    return reconstruction_map(e).mean(dim=(1, 2))
 
 
 def kl(e: Evidence) -> Tensor:
@@ -105,6 +106,8 @@ def band_energies(e: Evidence) -> Tensor:
 
     What the model left over, and how busy the image is.
     """
+    if native.suits(e.x) and e.x.shape[-1] >= 2**BANDS:
+        return (native.band_energies(e.x, e.recon).flatten(1) + FLOOR).log()
     both = _bands(torch.cat([e.x - e.recon, e.x - 0.5]))
     return torch.cat(both.chunk(2), dim=1)
 

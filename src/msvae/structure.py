@@ -7,15 +7,16 @@ are most like the whole picture (retrieval before comparison as in SPADE, Cohen 
 statistics instead of pretrained features). So one model can hold several materials.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from msvae.maps import blurring, opponent, smooth
+from msvae import native
+from msvae.maps import blurring, gaussian, opponent, smooth
 from msvae.precision import low_pays
 
 BANDS = 3
@@ -32,19 +33,60 @@ TILE = 16  # columns that are multiplied at a time
 SELF = 1e-3  # two pictures that are alike to this are the same one
 
 
-def local_statistics(x: Tensor) -> Tensor:
+def _plainly(work: Callable[..., Tensor], *given: Tensor) -> Tensor:
+    return work(*given)
+
+
+def local_statistics(x: Tensor, by: Callable[..., Tensor] = _plainly) -> Tensor:
     """Statistics of images (B, 3, S, S) in [0, 1] on a grid, (B, D, g, g), g = min(S / 4, 32).
 
     Log energies of three Laplacian bands, tone, log variance, the log eigenvalues of the structure
     tensor (Förstner & Gülch 1987), two colour differences and their energy, darkest and brightest.
+    `by` calls functions of tensors, by graphs perhaps.
+    """
+    means = _native_means(x) if native.suits(x) else by(_local_means, x)
+    return by(_statistics, means)
+
+
+def _statistics(means: Tensor) -> Tensor:
+    """Of `_local_means` (B, 13, g, g)."""
+    *local, xx, yy, xy = means[:, :8].unbind(dim=1)
+    mean = (xx + yy) / 2
+    spread = (((xx - yy) / 2).square() + xy.square() + 1e-12).sqrt()
+    logs = torch.stack([*local, mean + spread, mean - spread], dim=1).clamp_min(0).add(FLOOR).log()
+    *bands, variance, colour, along, across = logs.unbind(dim=1)
+    tone, first, second, dark, bright = (4 * means[:, 8:]).unbind(dim=1)
+    out = [*bands, tone, variance, along, across, first, second, colour, dark, bright]
+    return torch.stack(out, dim=1)
+
+
+def _grid(side: int) -> Tensor:
+    """The places (g,) of the grid on either side."""
+    count = min(max(side // 4, 2), GRID)
+    return ((torch.arange(count) + 0.5) * side / count).long()
+
+
+def _window(side: int) -> float:
+    return max(WINDOW * side, 0.7)
+
+
+def _band(side: int, k: int) -> float:
+    """Standard deviation of the blur that takes the k-th band away, pixels."""
+    return max(0.8 * 2**k * side / 64, 0.5)
+
+
+def _local_means(x: Tensor) -> Tensor:
+    """What the statistics of images are made of, (B, 13, g, g).
+
+    Windowed means of the energies of three bands, of luma and of colour about their own windowed
+    means, and of the products of the gradients, xx, yy, xy; these means of luma and of two colour
+    differences; the least and the greatest luma of 3 x 3.
     """
     side = int(x.shape[-1])  # a number, also where a graph is made of this
-    window = max(WINDOW * side, 0.7)
     colours = opponent(x)
     luma, chroma = colours[:, 0].contiguous(), colours[:, 1:]
-    grid = min(max(side // 4, 2), GRID)
-    at = ((torch.arange(grid, device=x.device) + 0.5) * side / grid).long()
-    blur = blurring(side, window, x.device).to(x)
+    at = _grid(side).to(x.device)
+    blur = blurring(side, _window(side), x.device).to(x)
     here = blur[at]  # the blur at the places of the grid: what lies between is not wanted
     tone, tints = blur @ (luma @ blur.T), blur @ (chroma @ blur.T)
     energies = torch.stack(
@@ -56,21 +98,27 @@ def local_statistics(x: Tensor) -> Tensor:
         ],
         dim=1,
     )
-    *local, xx, yy, xy = (here @ (energies @ here.T)).unbind(dim=1)
-    mean = (xx + yy) / 2
-    spread = (((xx - yy) / 2).square() + xy.square() + 1e-12).sqrt()
-    logs = torch.stack([*local, mean + spread, mean - spread], dim=1).clamp_min(0).add(FLOOR).log()
-    *bands, variance, colour, along, across = logs.unbind(dim=1)
     planes = torch.stack([tone, *tints.unbind(dim=1), _least(luma), -_least(-luma)], dim=1)
-    tone, first, second, dark, bright = (4 * planes[:, :, at][..., at]).unbind(dim=1)
-    out = [*bands, tone, variance, along, across, first, second, colour, dark, bright]
-    return torch.stack(out, dim=1)
+    return torch.cat([here @ (energies @ here.T), planes[:, :, at][..., at]], dim=1)
+
+
+def _native_means(x: Tensor) -> Tensor:
+    """The same by the compiled loops."""
+    side = x.shape[-1]
+    return native.local_means(x, *_kernels(side), _grid(side))
+
+
+@lru_cache(maxsize=8)
+def _kernels(side: int) -> tuple[Tensor, ...]:
+    """The kernels of the window and of the bands."""
+    sigmas = [_window(side), *[_band(side, k) for k in range(BANDS)]]
+    return tuple(gaussian(side, sigma) for sigma in sigmas)
 
 
 def _bands(luma: Tensor, side: int) -> list[Tensor]:
     bands, rest = [], luma
     for k in range(BANDS):
-        low = smooth(rest, max(0.8 * 2**k * side / 64, 0.5))
+        low = smooth(rest, _band(side, k))
         bands.append(rest - low)
         rest = low
     return bands
@@ -149,6 +197,11 @@ class StructureMap:
         device = queries.device
         if device.type != "cpu" and low_pays(device):
             return _least_products(_low(queries, queries=True), self.low, alike)
+        if native.has_tiles() and native.fits(self.places.shape[1]):
+            asked = _asked(queries)
+            banks = ([self.tiles[i] for i in a.tolist()] for a in alike)
+            rows = [native.least_products(q, b) for q, b in zip(asked, banks, strict=True)]
+            return torch.stack(rows) + queries.square().sum(dim=2)
         if self.places.shape[1] >= MANY and low_pays(device):
             asked = _low(queries, queries=True)
             # One image of the bank after the other as it lies there: copied together they would
@@ -171,6 +224,33 @@ class StructureMap:
     def low(self) -> Tensor:
         """The places as rows (M, L, K) in bfloat16 whose products with `_low` queries are |q - b|²."""
         return _low(self.places.float(), queries=False)
+
+    @cached_property
+    @torch.inference_mode(mode=False)
+    def tiles(self) -> Tensor:
+        """The places b in bfloat16 as the processor's tiles take them (M, L / 16, 16, 16, 2).
+
+        (-2 b, -2 b, |b|², 0), whose products with `_asked` are |q - b|² - |q|²: only the places that
+        are kept are rounded, by 0.2 % of each number, and their distances by less.
+        """
+        places = self.places.float().bfloat16()
+        square = _parts(places.float().square().sum(dim=2))
+        return native.packed(_filled(torch.cat([-2 * places, -2 * places, square], dim=2)))
+
+
+def _asked(queries: Tensor) -> Tensor:
+    """Queries q (B, L, D) for products with `StructureMap.tiles`, (q, q', 1, 1, 1, 0).
+
+    q' is what bfloat16 leaves over of q.
+    """
+    high = queries.bfloat16()
+    rest = (queries - high.float()).bfloat16()
+    return _filled(torch.cat([high, rest, torch.ones_like(high[..., :3])], dim=2))
+
+
+def _filled(rows: Tensor) -> Tensor:
+    """Rows (..., K) with zeros for the columns of a tile that they leave free."""
+    return F.pad(rows, (0, native.COLUMNS - rows.shape[-1]))
 
 
 def _low(places: Tensor, queries: bool) -> Tensor:

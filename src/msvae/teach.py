@@ -6,7 +6,7 @@ What they do depends on their arguments and the seed alone.
 import math
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
@@ -19,14 +19,15 @@ from torch.nn import functional as F
 
 from msvae.alongside import Reached, alone, alongside
 from msvae.augment import augment
-from msvae.compute import autocast, batch_of, to_batch
+from msvae.compute import autocast, batch_of, lowers, to_batch
 from msvae.config import AugmentConfig, Config, ModelConfig
 from msvae.data.cache import Images
+from msvae.descent import AdamW, descend
 from msvae.errors import TrainingError
 from msvae.imagine import Imagination, coloured, varied
 from msvae.model import ORDERS, TURNS, VAE, Companion
 from msvae.progress import Progress, Seldom, Silent
-from msvae.train import DIVERGED, descend, generator_of, learning_rate
+from msvae.train import DIVERGED, generator_of, learning_rate
 
 T = TypeVar("T")
 
@@ -52,6 +53,7 @@ class Plan:
 
     task: str
     steps: int
+    low: bool = False  # whether weights have copies in bfloat16
     weight_decay: float = 1e-4
     hopeless: float = math.inf  # a loss above it after a quarter of the steps ends the training
 
@@ -108,7 +110,8 @@ def companion_lesson(model: VAE, pixels: Images, config: Config) -> "Lesson | No
             return pretext_loss(companion, x, orders, turns)
 
     guess = math.log(len(ORDERS) * len(TURNS))
-    plan = Plan("learning orders and turns", steps, c.weight_decay, hopeless=HOPELESS * guess)
+    hopeless, low = HOPELESS * guess, lowers(c, device)
+    plan = Plan("learning orders and turns", steps, low, c.weight_decay, hopeless)
     return Lesson(companion, loss, partial(learning_rate, config=c), plan)
 
 
@@ -214,7 +217,7 @@ def train_inspector(
     def rate(at: float) -> float:
         return INSPECTOR_RATE * min(1, 10 * at + 0.1) * (1 - at)
 
-    plan = Plan("imagining defects", inspector_steps(config))
+    plan = Plan("imagining defects", inspector_steps(config), lowers(c, device))
     Lesson(inspector, loss, rate, plan).rest(progress)
 
 
@@ -232,9 +235,7 @@ class Lesson:
         plan: Plan,
     ) -> None:
         self.network, self.loss_of, self.rate, self.plan = network.train(), loss_of, rate, plan
-        self.optimiser = torch.optim.AdamW(
-            network.parameters(), weight_decay=plan.weight_decay, fused=True
-        )
+        self.optimiser = AdamW([network], rate(0), plan.weight_decay, plan.low)
         self.latest = deque[Tensor](maxlen=LATEST)
         self.look = max(plan.steps // 4, LOOK)
         self.taken, self.gave_up = 0, False
@@ -255,13 +256,14 @@ class Lesson:
         """Take the steps that are left; `TrainingError` when the loss is not a finite number."""
         progress, left = progress or Silent(), self.plan.steps - self.taken
         worth_saying = Seldom()
-        if not self._over():
-            for _ in progress.track(range(left), self.plan.task, left):
-                more = self.step()
-                if worth_saying():
-                    progress.note(f"loss {self.latest[-1]:.3f}")
-                if not more:
-                    break
+        with closing(self.optimiser):
+            if not self._over():
+                for _ in progress.track(range(left), self.plan.task, left):
+                    more = self.step()
+                    if worth_saying():
+                        progress.note(f"loss {self.latest[-1]:.3f}")
+                    if not more:
+                        break
         if not torch.isfinite(self.latest[-1]):
             raise TrainingError(DIVERGED)
         self.network.eval()

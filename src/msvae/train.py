@@ -7,6 +7,7 @@ of an epoch gives the same bits as one that was never interrupted (on the CPU).
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -19,9 +20,10 @@ from torch.nn import functional as F
 from msvae import scores
 from msvae.alongside import Reached, alone
 from msvae.augment import augment
-from msvae.compute import autocast, to_batch
+from msvae.compute import autocast, lowers, to_batch
 from msvae.config import Config, TrainConfig
 from msvae.data.cache import Images
+from msvae.descent import AdamW, descend
 from msvae.errors import TrainingError
 from msvae.model import VAE, of_autoencoder
 from msvae.progress import Progress, Seldom, Silent
@@ -74,21 +76,6 @@ def losses(model: VAE, x: Tensor, beta: float, noise: Tensor | None) -> Losses:
     return Losses(scores.elbo(error, rate, size, beta, variance) / size, error, rate)
 
 
-def descend(optimiser: torch.optim.Optimizer, loss: Tensor, rate: float, most: float) -> None:
-    """One step down the gradient of the loss, whose norm is cut off at `most`."""
-    group = optimiser.param_groups[0]
-    group["lr"] = rate
-    optimiser.zero_grad(set_to_none=True)
-    loss.backward()
-    gradients = [p.grad for p in group["params"] if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients)
-    # On a CPU to scale every number by 1 would cost as much as to measure them; a GPU would have to
-    # be waited for.
-    if norm.device.type != "cpu" or norm > most:
-        torch.nn.utils.clip_grads_with_norm_(group["params"], most, norm)
-    optimiser.step()
-
-
 class Trainer:
     """The VAE, its optimiser and the plan of one training; `train` drives it epoch by epoch."""
 
@@ -96,11 +83,9 @@ class Trainer:
         c = self.config = config.train
         self.model, self.augment, self.count = model, config.augment, count
         self.device = next(model.parameters()).device
-        named = model.named_parameters()
-        self.parameters = [p for name, p in named if of_autoencoder(name)]
-        self.optimiser = torch.optim.AdamW(
-            self.parameters, lr=c.learning_rate, weight_decay=c.weight_decay, fused=True
-        )
+        own = [part for name, part in model.named_children() if of_autoencoder(name)]
+        low = lowers(c, self.device)
+        self.optimiser = AdamW(own, c.learning_rate, c.weight_decay, low)
         self.passes = max(1, round(SHORTEST_EPOCH * c.batch_size / count))
         self.steps = max(1, self.passes * count // c.batch_size)
         self.epochs = max(c.epochs, math.ceil(c.min_steps / self.steps))
@@ -175,15 +160,16 @@ def train(
     first, total = state.epoch * trainer.steps, trainer.epochs * trainer.steps
     tracked = iter(progress.track(range(first + 1, total + 1), "training", total - first))
     ticks = map(reached, tracked)
-    while state.epoch < trainer.epochs and not _patience_over(state, config.train.patience):
-        row = trainer.epoch(pixels, state, ticks, progress.note)
-        row["stop_loss"] = trainer.stop_loss(stop)
-        if not math.isfinite(row["stop_loss"]):
-            raise TrainingError(DIVERGED)
-        state.epoch += 1
-        state.history.append(row)
-        _keep(trainer, state, row["stop_loss"])
-        save(state)
+    with closing(trainer.optimiser):
+        while state.epoch < trainer.epochs and not _patience_over(state, config.train.patience):
+            row = trainer.epoch(pixels, state, ticks, progress.note)
+            row["stop_loss"] = trainer.stop_loss(stop)
+            if not math.isfinite(row["stop_loss"]):
+                raise TrainingError(DIVERGED)
+            state.epoch += 1
+            state.history.append(row)
+            _keep(trainer, state, row["stop_loss"])
+            save(state)
     next(tracked, None)  # lets the bar end
     reached(state.epoch * trainer.steps)  # a training that is resumed at its end takes no step
     _load(model, _under(state.tensors, "best."))
@@ -227,8 +213,8 @@ def _keep(trainer: Trainer, state: State, loss: float) -> None:
 def _restore(trainer: Trainer, state: State) -> None:
     """Take weights and moments from the state."""
     adam: dict[int, dict[str, Tensor]] = {}
-    parameters = trainer.parameters
     groups = trainer.optimiser.state_dict()["param_groups"]
+    parameters = trainer.optimiser.param_groups[0]["params"]
     try:
         for name, value in _under(state.tensors, "adam.").items():
             index, key = name.split(".", 1)
