@@ -8,13 +8,12 @@ import pytest
 import torch
 from torch import nn
 
-from msvae import graphs
+from msvae import graphs, native, structure
 from msvae.config import ModelConfig
 from msvae.graphs import IN_ALL, MOST, OFTEN, OFTEN_MANY, Graphs
 from msvae.model import VAE
 from msvae.packed import can_pack
 from msvae.scores import image_statistics
-from msvae.structure import local_statistics
 
 CPU = torch.device("cpu")
 
@@ -132,12 +131,18 @@ def test_while_one_thread_traces_the_others_go_on(monkeypatch):
 
 
 @pytest.mark.parametrize("side", [32, 64, 128])
-def test_statistics_become_graphs_too(side):
-    """Both functions of images that a score needs beside the networks, to the bit."""
+def test_statistics_become_graphs_too(side, monkeypatch):
+    """What a score needs beside the networks and has no compiled loops for, to the bit."""
+    monkeypatch.setattr(native, "suits", lambda values: False)
     x, recon = torch.rand(2, 1, 3, side, side)
     mu, logvar = torch.rand(2, 1, 6)
     run = Graphs()
-    for work, given in ((local_statistics, (x,)), (image_statistics, (x, recon, mu, logvar))):
+    works = [
+        (structure._local_means, (x,)),
+        (structure._statistics, (torch.rand(1, 13, 16, 16),)),
+        (image_statistics, (x, recon, mu, logvar)),
+    ]
+    for work, given in works:
         with torch.inference_mode():
             plain = work(*given)
             for _ in range(OFTEN):

@@ -275,14 +275,14 @@ static void give_tiles_back(struct tiles theirs) {
         _tile_release();
 }
 
-/* The least product of each of the queries (count, 32) with a row of any of the banks, to least.
+/* The least product of each of the queries (count, 64) with a row of any of the banks, to least.
  *
- * A bank (places, 32) lies in groups of 16 rows, (places / 16, 16, 16, 2): pairs of columns, then the
- * rows, as AMX takes them. count is a multiple of 16, places of 64. Tiles 5 and 6 hold 16 queries and
- * 16 places, 0 to 3 the products with 64: only their least are kept. */
+ * A bank (places, 64) lies in groups of 16 rows, (places / 16, 32, 16, 2): pairs of columns, then the
+ * rows, as AMX takes them. count is a multiple of 16, places of 64. Tiles 4 and 5 hold 16 queries, 6
+ * and 7 the two halves of 16 places, 0 to 3 the products with 64: only their least are kept. */
 void least_products(const bf16 *queries, long count, const bf16 *const *banks, int how_many,
                     long places, float *least) {
-    enum { COLUMNS = 32, ROWS = 16, TABLE = 4 * ROWS, NEAR = 512 /* rows that the cache keeps */ };
+    enum { COLUMNS = 64, HALF = 32, ROWS = 16, TABLE = 4 * ROWS, NEAR = 256 /* rows in the cache */ };
     struct tiles theirs = take_tiles();
     float table[4][ROWS][ROWS] __attribute__((aligned(64)));
     for (long q = 0; q < count; q++) least[q] = INFINITY;
@@ -292,13 +292,16 @@ void least_products(const bf16 *queries, long count, const bf16 *const *banks, i
                 long end = near + NEAR < places ? near + NEAR : places;
                 __m512 low[ROWS];
                 for (int i = 0; i < ROWS; i++) low[i] = _mm512_set1_ps(INFINITY);
-                _tile_loadd(5, queries + q * COLUMNS, 64);
+                _tile_loadd(4, queries + q * COLUMNS, COLUMNS * sizeof(bf16));
+                _tile_loadd(5, queries + q * COLUMNS + HALF, COLUMNS * sizeof(bf16));
                 for (long p = near; p < end; p += TABLE) {
                     const bf16 *bank = banks[b] + p * COLUMNS;
-#define PRODUCTS(tile)                                \
-    _tile_zero(tile);                                 \
-    _tile_loadd(6, bank + tile * ROWS * COLUMNS, 64); \
-    _tile_dpbf16ps(tile, 5, 6);
+#define PRODUCTS(tile)                                                              \
+    _tile_zero(tile);                                                               \
+    _tile_loadd(6, bank + tile * ROWS * COLUMNS, 64);                               \
+    _tile_loadd(7, bank + tile * ROWS * COLUMNS + HALF * ROWS, 64);                 \
+    _tile_dpbf16ps(tile, 4, 6);                                                     \
+    _tile_dpbf16ps(tile, 5, 7);
                     PRODUCTS(0)
                     PRODUCTS(1)
                     PRODUCTS(2)

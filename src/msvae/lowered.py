@@ -152,16 +152,12 @@ class Stage(nn.Sequential):
 
 def _joins(norm: nn.Module, h: Tensor) -> bool:
     """Whether a layer is a batch norm that can be computed with its SiLU, of maps h."""
-    return (
-        isinstance(norm, nn.BatchNorm2d)
-        and norm.training
-        and norm.num_features % native.LINE == 0
-        and native.library() is not None
-        and torch.is_grad_enabled()
-        and h.dtype == torch.bfloat16
-        and h.device.type == "cpu"
-        and h.is_contiguous(memory_format=torch.channels_last)
-    )
+    if not isinstance(norm, nn.BatchNorm2d) or native.library() is None:
+        return False
+    fits = norm.num_features % native.LINE == 0 and norm.weight.dtype == torch.float32
+    learns = norm.training and norm.momentum is not None and torch.is_grad_enabled()
+    here = h.dtype == torch.bfloat16 and h.device.type == "cpu"
+    return fits and learns and here and h.is_contiguous(memory_format=torch.channels_last)
 
 
 class _NormSiLU(torch.autograd.Function):

@@ -17,7 +17,7 @@ LIBRARY = Path(__file__).with_name("kernels.so")
 NEEDED = ("avx512_f", "avx512_bw", "avx512_vl", "avx512_dq", "avx512_bf16")
 LINE = 32  # the channels of maps are a multiple of it
 TILE = 16  # rows of a tile: the places in `least_products` are a multiple of four of them
-COLUMNS = 32  # of a place there
+COLUMNS = 64  # of a place there
 DIMENSIONS = 64  # of vectors in `place_distances`
 
 POINTER, COUNT, REAL, THREADS = ctypes.c_void_p, ctypes.c_long, ctypes.c_double, ctypes.c_int
@@ -122,13 +122,13 @@ def fits(places: int) -> bool:
 
 
 def packed(places: Tensor) -> Tensor:
-    """Places (..., L, 32) in bfloat16 as `least_products` takes them: in another order."""
-    groups = places.unflatten(-2, (-1, TILE)).unflatten(-1, (-1, 2))  # (..., L/16, 16, 16, 2)
+    """Places (..., L, 64) in bfloat16 as `least_products` takes them: in another order."""
+    groups = places.unflatten(-2, (-1, TILE)).unflatten(-1, (-1, 2))  # (..., L/16, 16, 32, 2)
     return groups.transpose(-3, -2).contiguous()
 
 
 def least_products(queries: Tensor, banks: Sequence[Tensor]) -> Tensor:
-    """The least product of each of the queries (L, 32) with a place of the `packed` banks, (L,).
+    """The least product of each of the queries (L, 64) with a place of the `packed` banks, (L,).
 
     All in bfloat16, the products in float32; the banks are of one size.
     """

@@ -198,10 +198,10 @@ class StructureMap:
         if device.type != "cpu" and low_pays(device):
             return _least_products(_low(queries, queries=True), self.low, alike)
         if native.has_tiles() and native.fits(self.places.shape[1]):
-            asked = _asked(queries)
+            asked = _low(queries, queries=True)
             banks = ([self.tiles[i] for i in a.tolist()] for a in alike)
             rows = [native.least_products(q, b) for q, b in zip(asked, banks, strict=True)]
-            return torch.stack(rows) + queries.square().sum(dim=2)
+            return torch.stack(rows)
         if self.places.shape[1] >= MANY and low_pays(device):
             asked = _low(queries, queries=True)
             # One image of the bank after the other as it lies there: copied together they would
@@ -228,29 +228,8 @@ class StructureMap:
     @cached_property
     @torch.inference_mode(mode=False)
     def tiles(self) -> Tensor:
-        """The places b in bfloat16 as the processor's tiles take them (M, L / 16, 16, 16, 2).
-
-        (-2 b, -2 b, |b|², 0), whose products with `_asked` are |q - b|² - |q|²: only the places that
-        are kept are rounded, by 0.2 % of each number, and their distances by less.
-        """
-        places = self.places.float().bfloat16()
-        square = _parts(places.float().square().sum(dim=2))
-        return native.packed(_filled(torch.cat([-2 * places, -2 * places, square], dim=2)))
-
-
-def _asked(queries: Tensor) -> Tensor:
-    """Queries q (B, L, D) for products with `StructureMap.tiles`, (q, q', 1, 1, 1, 0).
-
-    q' is what bfloat16 leaves over of q.
-    """
-    high = queries.bfloat16()
-    rest = (queries - high.float()).bfloat16()
-    return _filled(torch.cat([high, rest, torch.ones_like(high[..., :3])], dim=2))
-
-
-def _filled(rows: Tensor) -> Tensor:
-    """Rows (..., K) with zeros for the columns of a tile that they leave free."""
-    return F.pad(rows, (0, native.COLUMNS - rows.shape[-1]))
+        """The same as the processor's tiles take them, (M, L / 16, 32, 16, 2)."""
+        return native.packed(self.low)
 
 
 def _low(places: Tensor, queries: bool) -> Tensor:

@@ -1,0 +1,372 @@
+"""The compiled loops against torch in double precision, and against doing without them."""
+
+import importlib.util
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from msvae import lowered, maps, native, scores, structure
+from msvae.config import Config
+from msvae.descent import AdamW, descend
+from msvae.evidence import Evidence
+from msvae.model import VAE
+from msvae.quiet import quiet
+
+LAST = torch.channels_last
+needs_loops = pytest.mark.skipif(
+    native.library() is None, reason="no compiled loops: no compiler, or another processor"
+)
+needs_tiles = pytest.mark.skipif(not native.has_tiles(), reason="the processor has no AMX")
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=[1, 2])
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def low(*shape, scale=1.0, shift=0.0):
+    return (scale * torch.randn(shape) + shift).bfloat16().contiguous(memory_format=LAST)
+
+
+@needs_loops
+@pytest.mark.parametrize("shape", [(3, 32, 5, 7), (32, 64, 16, 16), (9, 96, 2, 2), (5, 256, 4, 4)])
+def test_norm_and_silu_are_those_of_torch(shape, threads):
+    x, above = low(*shape, scale=2, shift=3), low(*shape)
+    norm = nn.BatchNorm2d(shape[1])
+    with torch.no_grad():
+        norm.weight.uniform_(0.5, 2)
+        norm.bias.normal_()
+    exact = nn.BatchNorm2d(shape[1]).double()
+    exact.load_state_dict(norm.state_dict())
+    given = x.double().requires_grad_()
+    expected = F.silu(exact(given))
+    expected.backward(above.double())
+
+    running = norm.running_mean, norm.running_var
+    with torch.no_grad():
+        out, told = native.norm_silu(x, (norm.weight, norm.bias), running, 0.1, norm.eps)
+        below, to_weight, to_bias = native.norm_silu_gradient(x, above, told)
+
+    assert out.is_contiguous(memory_format=LAST)
+    close(out, expected, 0.005)
+    close(norm.running_mean, exact.running_mean, 1e-5)
+    close(norm.running_var, exact.running_var, 1e-5)
+    close(below, given.grad, 0.02)
+    close(to_weight, exact.weight.grad, 0.005)
+    close(to_bias, exact.bias.grad, 0.005)
+
+
+def close(found, expected, share):
+    """To within a share of the greatest."""
+    gap = (found.double() - expected).abs().max()
+    assert gap <= share * expected.abs().max() + 1e-6, (float(gap), float(expected.abs().max()))
+
+
+@needs_loops
+def test_a_stage_joins_norm_and_silu_only_where_it_trains_in_bfloat16(monkeypatch):
+    calls, once = [], native.norm_silu
+    monkeypatch.setattr(native, "norm_silu", lambda *a: calls.append(a) or once(*a))
+    stage = lowered.Stage(nn.BatchNorm2d(32), nn.SiLU())
+    x = low(4, 32, 8, 8)
+    told = stage(x)
+    assert len(calls) == 1
+    stage[0].reset_running_stats()
+    monkeypatch.setattr(native, "library", lambda: None)
+    close(told, stage(x).double(), 0.01)
+    monkeypatch.undo()
+    monkeypatch.setattr(native, "norm_silu", lambda *a: pytest.fail("joined"))
+    stage(x.float())
+    stage(x.contiguous())
+    lowered.Stage(nn.BatchNorm2d(16), nn.SiLU())(low(4, 16, 8, 8))
+    lowered.Stage(nn.BatchNorm2d(32, momentum=None), nn.SiLU())(x)
+    with torch.no_grad():
+        stage(x)
+    stage.eval()(x)
+
+
+@needs_loops
+@pytest.mark.parametrize("count", [1, 16, 1000, 70_001])
+def test_sums_of_squares(count):
+    values = torch.randn(count).bfloat16()
+    assert native.square_sum(values) == pytest.approx(float(values.double().square().sum()), 1e-5)
+
+
+class Small(nn.Module):
+    """Layers of odd sizes, some of which have no low copy."""
+
+    def __init__(self):
+        super().__init__()
+        self.stage = lowered.Stage(
+            lowered.Conv2d(3, 32, 3, 1, 1, bias=False), nn.BatchNorm2d(32), nn.SiLU()
+        )
+        self.down = lowered.Conv2d(32, 5, 3, 2, 1, bias=True)
+        self.out = lowered.Linear(5 * 4 * 4, 7)
+
+    def forward(self, x):
+        """(8, 3, 8, 8) -> (8, 7)."""
+        return self.out(self.down(self.stage(x)).flatten(1))
+
+
+def steps_of(model, low_copies, count=6, most=0.5):
+    optimiser = AdamW([model], 1e-3, 0.1, low_copies)
+    x = torch.rand(8, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    for i in range(count):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(x.contiguous(memory_format=LAST)).float().square().mean()
+        descend(optimiser, loss, 1e-2 / (i + 1), most)
+    return optimiser
+
+
+@needs_loops
+@pytest.mark.parametrize("most", [0.01, 1e9])  # gradients cut off, or not
+def test_low_copies_train_as_the_weights_do(most, threads):
+    torch.manual_seed(3)
+    plain, copied = Small(), Small()
+    copied.load_state_dict(plain.state_dict())
+    start = {k: v.clone() for k, v in plain.state_dict().items()}
+    a, b = steps_of(plain, False, most=most), steps_of(copied, True, most=most)
+    assert len(b.pairs) == 3
+    assert not a.pairs
+    assert a.state_dict()["state"].keys() == b.state_dict()["state"].keys()
+    for name, one in plain.state_dict().items():
+        other = copied.state_dict()[name]
+        assert other.dtype == one.dtype
+        if "num_batches" not in name:
+            moved = (one - start[name]).abs().max()
+            assert (one - other).abs().max() < 0.05 * moved + 1e-6, name
+    for weight, copy in b.pairs:
+        assert torch.equal(copy, weight.bfloat16())
+    b.close()
+    assert not b.pairs
+    assert copied.out.low is None
+
+
+@needs_loops
+def test_one_step_of_adamw_is_that_of_torch(threads):
+    for count in (1, 15, 16, 333, 100_000):
+        weight, gradient = torch.randn(count), torch.randn(count).bfloat16()
+        exact = nn.Parameter(weight.double())
+        reference = torch.optim.AdamW([exact], 0.01, weight_decay=0.1)
+        mean, square, copy = torch.zeros(count), torch.zeros(count), weight.bfloat16()
+        for t in (1, 2, 3):
+            exact.grad = 0.5 * (gradient * t).double()
+            reference.step()
+            factors = [
+                0.5,
+                1 - 0.001,
+                0.9,
+                0.999,
+                0.01 / (1 - 0.9**t),
+                (1 - 0.999**t) ** -0.5,
+                1e-8,
+            ]
+            native.adamw((weight, mean, square, copy), gradient * t, torch.tensor(factors))
+        assert torch.allclose(weight.double(), exact.detach(), atol=2e-6)
+        assert torch.equal(copy, weight.bfloat16())
+
+
+@needs_loops
+def test_moments_are_resumed_with_low_copies():
+    whole, parts = Small(), Small()
+    parts.load_state_dict(whole.state_dict())
+    steps_of(whole, True, 2)
+    first = steps_of(parts, True, 2)
+    kept = first.state_dict()
+    first.close()
+    again = AdamW([parts], 1e-3, 0.1, True)
+    again.load_state_dict(kept)
+    for weight, copy in again.pairs:
+        assert torch.equal(copy, weight.bfloat16())
+        assert torch.equal(again.state[weight]["exp_avg"], first.state[weight]["exp_avg"])
+        assert float(again.state[weight]["step"]) == 2
+
+
+@needs_tiles
+@pytest.mark.parametrize("grid", [8, 16, 32])
+def test_least_distances_are_those_of_double_precision(grid):
+    bank = torch.randn(20, 12, grid, grid)
+    fitted = structure.StructureMap.fit(bank)
+    found = fitted.distance(
+        torch.randn(3, 12, grid, grid, generator=torch.Generator().manual_seed(5))
+    )
+    asked = torch.randn(3, 12, grid, grid, generator=torch.Generator().manual_seed(5))
+    queries = ((asked.flatten(2).transpose(1, 2) - fitted.mean) @ fitted.whiten).double()
+    told = (structure.descriptor(asked) - fitted.centre) / fitted.scale
+    alike = torch.cdist(told, fitted.descriptors).topk(structure.ALIKE, largest=False).indices
+    banks = [fitted.places.double()[i].flatten(0, 1) for i in alike]
+    exact = torch.stack([torch.cdist(q, b).amin(1) for q, b in zip(queries, banks, strict=True)])
+    assert torch.allclose(found.flatten(1).double(), exact, rtol=0.01, atol=0.01)
+
+
+@needs_tiles
+def test_a_place_is_nowhere_from_itself():
+    bank = torch.randn(12, 12, 8, 8)
+    assert structure.StructureMap.fit(bank).distance(bank[:2]).max() < 0.05
+
+
+@needs_loops
+@pytest.mark.parametrize("side", [20, 32, 64, 100, 128])
+def test_local_means_are_those_of_torch(side, threads):
+    x = torch.rand(3, 3, side, side)
+    x[1] = maps.smooth(x[1], 2.0)
+    for images in (x, x.contiguous(memory_format=LAST)):
+        close(structure._native_means(images), structure._local_means(images.double()), 1e-6)
+
+
+@needs_loops
+def test_place_distances_are_those_of_torch(threads):
+    vectors, mean = torch.randn(3, 10, 64), torch.randn(10, 64)
+    whiten = torch.randn(10, 64, 64).triu()
+    found = native.place_distances(vectors, mean, native.packed_triangles(whiten))
+    gap = (vectors - mean).double()
+    close(found, torch.einsum("bld,lde->ble", gap, whiten.double()).square().sum(2), 1e-6)
+
+
+@needs_loops
+@pytest.mark.parametrize("side", [2, 5, 16, 33, 64])
+@pytest.mark.parametrize("sigma", [0.5, 1.3, 4.0])
+def test_blurs_are_products_with_the_matrix(side, sigma, threads):
+    planes = torch.randn(3, side, side)
+    matrix = maps.blurring(side, sigma, planes.device).double()
+    close(maps.smooth(planes, sigma), matrix @ planes.double() @ matrix.T, 1e-6)
+
+
+@needs_loops
+def test_means_of_the_greatest(threads):
+    values = torch.randn(4, 777)
+    values[1] = values[1].round()  # many that are equal
+    values[2] = -values[2].abs()
+    values[3] = 0.0
+    for count in (1, 7, 776, 777):
+        expected = values.double().topk(count, dim=1).values.mean(dim=1)
+        assert torch.allclose(native.greatest_means(values, count).double(), expected, atol=1e-6)
+
+
+@needs_loops
+@pytest.mark.parametrize("side", [8, 33, 64])
+def test_band_energies_and_errors_are_those_of_torch(side, threads, monkeypatch):
+    x, recon = torch.rand(2, 3, 5, 3, side, side)[:, 0]
+    nothing = torch.zeros(5, 0)
+    e = Evidence(x, recon, nothing, nothing, (), nothing, nothing, nothing)
+    found = [f(e) for f in (scores.band_energies, scores.reconstruction, maps.reconstruction_map)]
+    monkeypatch.setattr(native, "suits", lambda values: False)
+    exact = Evidence(x.double(), recon.double(), nothing, nothing, (), *[nothing] * 3)
+    expected = [
+        f(exact) for f in (scores.band_energies, scores.reconstruction, maps.reconstruction_map)
+    ]
+    for one, other in zip(found, expected, strict=True):
+        close(one, other, 1e-5)
+
+
+@needs_tiles
+@pytest.mark.parametrize("side", [(16, 16), (5, 48), (7, 80)])
+def test_pixels_are_those_of_the_float32_convolution(side, threads):
+    conv = nn.Conv2d(32, 12, 3, padding=1)
+    x = low(3, 32, *side)
+    with torch.no_grad():
+        exact = F.pixel_shuffle(conv.double()(x.double()), 2).sigmoid()
+        found = native.Painter(conv.float())(x)
+    assert (found.double() - exact).abs().max() < 2e-5
+
+
+@needs_tiles
+def test_tiles_are_left_as_they_were_found():
+    """oneDNN's products in bfloat16 use them too, before and after."""
+    a, b = low(64, 96, 1, 1).flatten(1), low(64, 96, 1, 1).flatten(1)
+    painter, x = native.Painter(nn.Conv2d(32, 12, 3, padding=1)), low(1, 32, 16, 16)
+    before = a @ b.T
+    for _ in range(3):
+        painter(x)
+        assert torch.equal(a @ b.T, before)
+
+
+@needs_loops
+def test_nothing_native_gets_into_a_trace_or_a_gradient():
+    x = torch.rand(1, 8, 8)
+    with quiet():
+        traced = torch.jit.trace(lambda v: maps.smooth(v, 1.0), (x,), check_trace=False)
+    other = torch.rand(1, 8, 8)
+    assert torch.allclose(traced(other), maps.smooth(other, 1.0), atol=1e-6)
+    wanted = torch.rand(1, 8, 8, requires_grad=True)
+    maps.smooth(wanted, 1.0).sum().backward()
+    assert wanted.grad is not None
+    assert not native.suits(x.double())
+
+
+@needs_loops
+def test_without_the_loops_a_model_says_the_same(monkeypatch):
+    model = VAE(Config().replace(image_size=64).model)
+    x = torch.rand(2, 3, 64, 64).contiguous(memory_format=LAST)
+    with torch.inference_mode():
+        found = model.frozen(torch.bfloat16).evidence(x)
+        monkeypatch.setattr(native, "has_tiles", lambda: False)
+        expected = model.frozen(torch.bfloat16).evidence(x)
+    assert torch.equal(found.mu, expected.mu)
+    assert torch.allclose(found.recon, expected.recon, atol=2e-5)
+
+
+def test_on_another_processor_there_are_no_loops(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True})
+    native.library.cache_clear()
+    native.has_tiles.cache_clear()
+    try:
+        assert native.library() is None
+        assert not native.has_tiles()
+        assert not native.suits(torch.zeros(1))
+        assert not AdamW([nn.Linear(2, 2)], 0.1, 0.0, low=True).pairs
+    finally:
+        monkeypatch.undo()
+        native.library.cache_clear()
+        native.has_tiles.cache_clear()
+
+
+def test_a_library_that_cannot_be_loaded_is_done_without(monkeypatch, tmp_path):
+    everything = dict.fromkeys(native.NEEDED, True)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: everything)
+    monkeypatch.setattr(native, "LIBRARY", tmp_path / "kernels.so")
+    (tmp_path / "kernels.so").write_bytes(b"not a library")
+    native.library.cache_clear()
+    try:
+        assert native.library() is None
+    finally:
+        monkeypatch.undo()
+        native.library.cache_clear()
+
+
+def hook(monkeypatch):
+    """The build hook, without hatchling, which only builds have."""
+    plugin = types.ModuleType("hatchling.builders.hooks.plugin.interface")
+    plugin.BuildHookInterface = type("Hook", (), {"__class_getitem__": lambda cls, kind: cls})
+    names = plugin.__name__.split(".")
+    for i, _ in enumerate(names[:-1], 1):
+        monkeypatch.setitem(sys.modules, ".".join(names[:i]), types.ModuleType("stub"))
+    monkeypatch.setitem(sys.modules, plugin.__name__, plugin)
+    source = Path(__file__).parents[1] / "hatch_build.py"
+    spec = importlib.util.spec_from_file_location("hatch_build", source)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@needs_loops
+def test_the_build_makes_the_library_or_says_that_it_cannot(monkeypatch, tmp_path):
+    build, source = hook(monkeypatch), native.LIBRARY.with_name("kernels.c")
+    built = tmp_path / "kernels.so"
+    monkeypatch.setenv("CC", "no-such-compiler")
+    assert not build._compiled(source, built)
+    monkeypatch.setenv("CC", "false")
+    assert not build._compiled(source, built)
+    assert not list(tmp_path.iterdir())
