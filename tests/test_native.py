@@ -101,7 +101,9 @@ def test_a_stage_joins_norm_and_silu_only_where_it_trains_in_bfloat16(monkeypatc
 @pytest.mark.parametrize("count", [1, 16, 1000, 70_001])
 def test_sums_of_squares(count):
     values = torch.randn(count).bfloat16()
-    assert native.square_sum(values) == pytest.approx(float(values.double().square().sum()), 1e-5)
+    weights = native.Weights([(values,) * 4] * 2)
+    expected = float(2 * values.double().square().sum())
+    assert weights.square_sum([values, values]) == pytest.approx(expected, 1e-5)
 
 
 class Small(nn.Module):
@@ -138,8 +140,8 @@ def test_low_copies_train_as_the_weights_do(most, threads):
     copied.load_state_dict(plain.state_dict())
     start = {k: v.clone() for k, v in plain.state_dict().items()}
     a, b = steps_of(plain, False, most=most), steps_of(copied, True, most=most)
-    assert len(b.pairs) == 3
-    assert not a.pairs
+    assert len(b.weights.moved) == 3
+    assert not a.weights.moved
     assert a.state_dict()["state"].keys() == b.state_dict()["state"].keys()
     for name, one in plain.state_dict().items():
         other = copied.state_dict()[name]
@@ -147,10 +149,10 @@ def test_low_copies_train_as_the_weights_do(most, threads):
         if "num_batches" not in name:
             moved = (one - start[name]).abs().max()
             assert (one - other).abs().max() < 0.05 * moved + 1e-6, name
-    for weight, copy in b.pairs:
+    for weight, *_, copy in b.weights.moved:
         assert torch.equal(copy, weight.bfloat16())
     b.close()
-    assert not b.pairs
+    assert not b.weights.moved
     assert copied.out.low is None
 
 
@@ -173,7 +175,7 @@ def test_one_step_of_adamw_is_that_of_torch(threads):
                 (1 - 0.999**t) ** -0.5,
                 1e-8,
             ]
-            native.adamw((weight, mean, square, copy), gradient * t, torch.tensor(factors))
+            native.Weights([(weight, mean, square, copy)]).step([gradient * t], factors)
         assert torch.allclose(weight.double(), exact.detach(), atol=2e-6)
         assert torch.equal(copy, weight.bfloat16())
 
@@ -188,7 +190,7 @@ def test_moments_are_resumed_with_low_copies():
     first.close()
     again = AdamW([parts], 1e-3, 0.1, True)
     again.load_state_dict(kept)
-    for weight, copy in again.pairs:
+    for weight, *_, copy in again.weights.moved:
         assert torch.equal(copy, weight.bfloat16())
         assert torch.equal(again.state[weight]["exp_avg"], first.state[weight]["exp_avg"])
         assert float(again.state[weight]["step"]) == 2
@@ -271,6 +273,22 @@ def test_band_energies_and_errors_are_those_of_torch(side, threads, monkeypatch)
         close(one, other, 1e-5)
 
 
+@needs_loops
+@pytest.mark.parametrize("side", [(16, 16), (3, 5)])
+def test_the_error_of_what_is_painted_is_that_of_torch(side, threads):
+    colours = low(4, 12, *side, scale=2).requires_grad_()
+    x = torch.rand(4, 3, 2 * side[0], 2 * side[1])
+    exact = colours.detach().double().requires_grad_()
+    expected = F.mse_loss(F.pixel_shuffle(exact, 2).sigmoid(), x.double())
+    (3 * expected).backward()
+    for images in (x, x.contiguous(memory_format=LAST)):
+        colours.grad = None
+        found = lowered.painted_error(colours, images)
+        (3 * found).backward()
+        assert float(found.detach()) == pytest.approx(float(expected.detach()), rel=1e-6)
+        close(colours.grad, exact.grad, 0.004)
+
+
 @needs_tiles
 @pytest.mark.parametrize("side", [(16, 16), (5, 48), (7, 80)])
 def test_pixels_are_those_of_the_float32_convolution(side, threads):
@@ -326,7 +344,7 @@ def test_on_another_processor_there_are_no_loops(monkeypatch):
         assert native.library() is None
         assert not native.has_tiles()
         assert not native.suits(torch.zeros(1))
-        assert not AdamW([nn.Linear(2, 2)], 0.1, 0.0, low=True).pairs
+        assert not AdamW([nn.Linear(2, 2)], 0.1, 0.0, low=True).lowered
     finally:
         monkeypatch.undo()
         native.library.cache_clear()

@@ -31,17 +31,24 @@ class AdamW(torch.optim.AdamW):
         self._lower()
 
     def _lower(self) -> None:
-        """Make the copies anew; of each a pair with its weight is kept."""
-        self.pairs: list[tuple[Tensor, Tensor]] = []
+        """Make the copies anew, and moments where there are none yet: of nothing, as torch's."""
+        moved = []
         for part in self.lowered:
             part.low = part.weight.detach().bfloat16().requires_grad_()
-            self.pairs.append((part.weight, part.low))
+            state = self.state[part.weight]
+            if not state:
+                state["step"] = torch.zeros((), dtype=torch.float32)
+                for name in ("exp_avg", "exp_avg_sq"):
+                    moments = torch.zeros_like(part.weight, memory_format=torch.preserve_format)
+                    state[name] = moments
+            moved.append((part.weight, state["exp_avg"], state["exp_avg_sq"], part.low))
+        self.weights = native.Weights(moved)
 
     def close(self) -> None:
         """Let the layers train by their weights again."""
         for part in self.lowered:
             part.low = None
-        self.lowered, self.pairs = [], []
+        self.lowered, self.weights = [], native.Weights([])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Moments as they were; the weights are expected to be in place."""
@@ -51,59 +58,48 @@ class AdamW(torch.optim.AdamW):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients."""
         super().zero_grad(set_to_none)
-        for _, low in self.pairs:
+        for *_, low in self.weights.moved:
             low.grad = None
 
     def norm(self) -> Tensor:
         """Of all gradients together."""
         parameters = self.param_groups[0]["params"]
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        squares = [native.square_sum(gradient) for _, _, gradient in self._gradients()]
-        return (norm.square() + sum(squares)).sqrt() if squares else norm
+        if not self.lowered:
+            return norm
+        return (norm.square() + self.weights.square_sum(self._gradients())).sqrt()
 
     def shrink(self, most: float, norm: Tensor) -> None:
         """Multiply the gradients by what makes the `norm` that they have `most` at most."""
         torch.nn.utils.clip_grads_with_norm_(self.param_groups[0]["params"], most, norm)
-        if self.pairs:
+        if self.lowered:
             self.clip = min(1.0, most / (float(norm) + 1e-6))
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> Any:
         """One step."""
         out = super().step(closure)
-        group = self.param_groups[0]
-        rate, (beta1, beta2) = group["lr"], group["betas"]
-        decay = 1 - rate * group["weight_decay"]
-        for weight, low, gradient in self._gradients():
-            state = self._state_of(weight)
-            steps = state["step"].add_(1).item()
-            far, near = 1 - beta1**steps, (1 - beta2**steps) ** -0.5
+        if self.lowered:
+            group = self.param_groups[0]
+            rate, (beta1, beta2) = group["lr"], group["betas"]
+            steps = [self.state[part.weight]["step"].add_(1) for part in self.lowered]
+            t, decay = float(steps[0]), 1 - rate * group["weight_decay"]
+            far, near = 1 - beta1**t, (1 - beta2**t) ** -0.5
             factors = (self.clip, decay, beta1, beta2, rate / far, near, group["eps"])
-            moved = (weight, state["exp_avg"], state["exp_avg_sq"], low)
-            native.adamw(moved, gradient, torch.tensor(factors))
-        self.clip = 1.0
+            self.weights.step(self._gradients(), factors)
+            self.clip = 1.0
         return out
 
-    def _gradients(self) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """Each weight, its copy, and the copy's gradient, laid out in memory as the copy is."""
+    def _gradients(self) -> list[Tensor]:
+        """Of each copy, laid out in memory as the copy is; of nothing where there is none."""
         out = []
-        for weight, low in self.pairs:
-            gradient = low.grad
-            if gradient is None:
-                continue
-            if gradient.stride() != low.stride():
-                gradient = torch.empty_like(low).copy_(gradient)
-            out.append((weight, low, gradient))
+        for *_, low in self.weights.moved:
+            if low.grad is None:
+                low.grad = torch.zeros_like(low)
+            elif low.grad.stride() != low.stride():
+                low.grad = torch.empty_like(low).copy_(low.grad)
+            out.append(low.grad)
         return out
-
-    def _state_of(self, weight: Tensor) -> dict[str, Tensor]:
-        """Its moments; of nothing to begin with, as torch's."""
-        state: dict[str, Tensor] = self.state[weight]
-        if not state:
-            state["step"] = torch.zeros((), dtype=torch.float32)
-            for name in ("exp_avg", "exp_avg_sq"):
-                state[name] = torch.zeros_like(weight, memory_format=torch.preserve_format)
-        return state
 
 
 def descend(optimiser: AdamW, loss: Tensor, rate: float, most: float) -> None:

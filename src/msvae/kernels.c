@@ -188,43 +188,51 @@ void norm_silu_gradient(const bf16 *x, const bf16 *above, long rows, long width,
         affine(x, rows * t / threads, rows * (t + 1) / threads, width, scale, slope, offset, below);
 }
 
-/* A step of AdamW (Loshchilov & Hutter 2019, alg. 2) on count numbers: weight, moments and low, the
- * weight in bfloat16, are moved. factors: what the gradient is multiplied by, what decay leaves of the
- * weight, beta1, beta2, the rate over 1 - beta1^t, 1 / sqrt(1 - beta2^t), epsilon. */
-void adamw(float *weight, float *mean, float *square, bf16 *low, const bf16 *gradient, long count,
-           const float *factors, int threads) {
-#pragma omp parallel for num_threads(threads) schedule(static, 1)
-    for (int t = 0; t < threads; t++) {
-        const __m512 clip = _mm512_set1_ps(factors[0]), decay = _mm512_set1_ps(factors[1]);
-        const __m512 beta2 = _mm512_set1_ps(factors[3]), rate = _mm512_set1_ps(factors[4]);
-        const __m512 new1 = _mm512_set1_ps(1 - factors[2]), new2 = _mm512_set1_ps(1 - factors[3]);
-        const __m512 root = _mm512_set1_ps(factors[5]), epsilon = _mm512_set1_ps(factors[6]);
-        long vectors = (count + LANES - 1) / LANES;
-        for (long k = vectors * t / threads; k < vectors * (t + 1) / threads; k++) {
-            long at = k * LANES, left = count - at;
-            __mmask16 some = left >= LANES ? 0xFFFF : (__mmask16)((1u << left) - 1);
-            __m512i wide = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some, gradient + at));
-            __m512 g = _mm512_mul_ps(_mm512_castsi512_ps(_mm512_slli_epi32(wide, 16)), clip);
-            __m512 m = _mm512_maskz_loadu_ps(some, mean + at);
-            __m512 v = _mm512_maskz_loadu_ps(some, square + at);
-            m = _mm512_fmadd_ps(_mm512_sub_ps(g, m), new1, m);
-            v = _mm512_fmadd_ps(v, beta2, _mm512_mul_ps(_mm512_mul_ps(g, g), new2));
-            __m512 size = _mm512_fmadd_ps(_mm512_sqrt_ps(v), root, epsilon);
-            __m512 w = _mm512_mul_ps(_mm512_maskz_loadu_ps(some, weight + at), decay);
-            w = _mm512_sub_ps(w, _mm512_div_ps(_mm512_mul_ps(rate, m), size));
-            _mm512_mask_storeu_ps(mean + at, some, m);
-            _mm512_mask_storeu_ps(square + at, some, v);
-            _mm512_mask_storeu_ps(weight + at, some, w);
-            __m256bh down = _mm512_cvtneps_pbh(w);
-            __m256i bits;
-            memcpy(&bits, &down, sizeof bits);
-            _mm256_mask_storeu_epi16(low + at, some, bits);
-        }
+/* A step of AdamW (Loshchilov & Hutter 2019, alg. 2) on numbers first to last, a multiple of 16 but
+ * for the end. */
+static void adamw_some(float *weight, float *mean, float *square, bf16 *low, const bf16 *gradient,
+                       long first, long last, const float *factors) {
+    const __m512 clip = _mm512_set1_ps(factors[0]), decay = _mm512_set1_ps(factors[1]);
+    const __m512 beta2 = _mm512_set1_ps(factors[3]), rate = _mm512_set1_ps(factors[4]);
+    const __m512 new1 = _mm512_set1_ps(1 - factors[2]), new2 = _mm512_set1_ps(1 - factors[3]);
+    const __m512 root = _mm512_set1_ps(factors[5]), epsilon = _mm512_set1_ps(factors[6]);
+    for (long at = first; at < last; at += LANES) {
+        __mmask16 some = last - at >= LANES ? 0xFFFF : (__mmask16)((1u << (last - at)) - 1);
+        __m512i wide = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some, gradient + at));
+        __m512 g = _mm512_mul_ps(_mm512_castsi512_ps(_mm512_slli_epi32(wide, 16)), clip);
+        __m512 m = _mm512_maskz_loadu_ps(some, mean + at);
+        __m512 v = _mm512_maskz_loadu_ps(some, square + at);
+        m = _mm512_fmadd_ps(_mm512_sub_ps(g, m), new1, m);
+        v = _mm512_fmadd_ps(v, beta2, _mm512_mul_ps(_mm512_mul_ps(g, g), new2));
+        __m512 size = _mm512_fmadd_ps(_mm512_sqrt_ps(v), root, epsilon);
+        __m512 w = _mm512_mul_ps(_mm512_maskz_loadu_ps(some, weight + at), decay);
+        w = _mm512_sub_ps(w, _mm512_div_ps(_mm512_mul_ps(rate, m), size));
+        _mm512_mask_storeu_ps(mean + at, some, m);
+        _mm512_mask_storeu_ps(square + at, some, v);
+        _mm512_mask_storeu_ps(weight + at, some, w);
+        __m256bh down = _mm512_cvtneps_pbh(w);
+        __m256i bits;
+        memcpy(&bits, &down, sizeof bits);
+        _mm256_mask_storeu_epi16(low + at, some, bits);
     }
 }
 
-/* The sum of the squares of count numbers. */
-double square_sum(const bf16 *gradient, long count) {
+/* A step of how_many weights of counts numbers each. moved (how_many, 4): the weight, its two moments,
+ * and the weight in bfloat16. factors: what the gradients are multiplied by, what decay leaves of the
+ * weight, beta1, beta2, the rate over 1 - beta1^t, 1 / sqrt(1 - beta2^t), epsilon. */
+void adamw(void *const *moved, const bf16 *const *gradients, const long *counts, int how_many,
+           const float *factors, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static, 1)
+    for (int t = 0; t < threads; t++)
+        for (int i = 0; i < how_many; i++) {
+            long vectors = (counts[i] + LANES - 1) / LANES, last = vectors * (t + 1) / threads * LANES;
+            adamw_some(moved[4 * i], moved[4 * i + 1], moved[4 * i + 2], moved[4 * i + 3],
+                       gradients[i], vectors * t / threads * LANES,
+                       last < counts[i] ? last : counts[i], factors);
+        }
+}
+
+static double square_sum_of(const bf16 *gradient, long count) {
     double out = 0;
     long at = 0;
     while (count - at >= 4 * LANES) {
@@ -244,6 +252,13 @@ double square_sum(const bf16 *gradient, long count) {
         memcpy(&g, &bits, sizeof g);
         out += (double)g * g;
     }
+    return out;
+}
+
+/* The sum of the squares of all numbers of how_many gradients. */
+double square_sum(const bf16 *const *gradients, const long *counts, int how_many) {
+    double out = 0;
+    for (int i = 0; i < how_many; i++) out += square_sum_of(gradients[i], counts[i]);
     return out;
 }
 
@@ -609,12 +624,7 @@ void squared_error(const float *x, const float *recon, long count, float *out, i
     }
 }
 
-/* A convolution of maps (images, high, wide, 32) by 3 x 3 to 12 channels, which are the three colours
- * of 2 x 2 pixels (Shi et al. 2016), and its sigmoid, to out (images, 2 high, 2 wide, 3).
- *
- * weights (9, 2, 16, 16, 2): the 32 channels, in pairs, of each place beneath the kernel, for 16 columns,
- * of which 12 count, 2 rows x 2 columns x 3 colours; the bfloat16 nearest and what that leaves over.
- * wide is a multiple of 16. */
+/* To within 1e-7. */
 static inline __m512 exact_sigmoid(__m512 x) {
     __m512 power = _mm512_mul_ps(x, _mm512_set1_ps(-1.44269504f));
     __m512 n = _mm512_roundscale_ps(power, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
@@ -626,6 +636,70 @@ static inline __m512 exact_sigmoid(__m512 x) {
     return _mm512_div_ps(one, _mm512_add_ps(one, _mm512_scalef_ps(two_r, n)));
 }
 
+/* What lies in memory as 12 channels of a place, (colour, row, column), as two rows of two pixels of
+ * three colours, and back. */
+static const int TO_ROWS[16] = {0, 4, 8, 1, 5, 9, 2, 6, 10, 3, 7, 11, 12, 13, 14, 15};
+static const int TO_CHANNELS[16] = {0, 3, 6, 9, 1, 4, 7, 10, 2, 5, 8, 11, 12, 13, 14, 15};
+enum { UPPER = 0x003F, LOWER = 0x0FC0, TWELVE = 0x0FFF };
+
+/* The sigmoids of the 12 channels of a place, and how far they are from the pixels. */
+static inline __m512 place_gap(const bf16 *channels, const float *upper, const float *lower,
+                               __m512 *pixels) {
+    __m512i wide = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(TWELVE, channels));
+    __m512 own = _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+    *pixels = exact_sigmoid(_mm512_permutexvar_ps(_mm512_loadu_si512(TO_ROWS), own));
+    __m512 x = _mm512_mask_loadu_ps(_mm512_maskz_loadu_ps(UPPER, upper), LOWER, lower - 6);
+    return _mm512_maskz_sub_ps(TWELVE, *pixels, x);
+}
+
+/* The sum of squares of sigmoid(h) - x, h (rows, wide, 12) the channels of 2 x 2 pixels each (Shi et
+ * al. 2016), x (2 rows, 2 wide, 3); sums: room for threads numbers. */
+double painted_error(const bf16 *h, const float *x, long rows, long wide, double *sums, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static, 1)
+    for (int t = 0; t < threads; t++) {
+        sums[t] = 0;
+        for (long row = rows * t / threads; row < rows * (t + 1) / threads; row++) {
+            const float *upper = x + row * wide * 12, *lower = upper + wide * 6;
+            __m512 sum = _mm512_setzero_ps(), pixels;
+            for (long i = 0; i < wide; i++) {
+                __m512 gap = place_gap(h + (row * wide + i) * 12, upper + i * 6, lower + i * 6, &pixels);
+                sum = _mm512_fmadd_ps(gap, gap, sum);
+            }
+            sums[t] += _mm512_reduce_add_ps(sum);
+        }
+    }
+    double out = 0;
+    for (int t = 0; t < threads; t++) out += sums[t];
+    return out;
+}
+
+/* Its gradient times scale, (rows, wide, 12), to out. */
+void painted_error_gradient(const bf16 *h, const float *x, long rows, long wide, float scale,
+                            bf16 *out, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (long row = 0; row < rows; row++) {
+        const float *upper = x + row * wide * 12, *lower = upper + wide * 6;
+        const __m512 one = _mm512_set1_ps(1.0f), twice = _mm512_set1_ps(2 * scale);
+        for (long i = 0; i < wide; i++) {
+            long at = (row * wide + i) * 12;
+            __m512 pixels, gap = place_gap(h + at, upper + i * 6, lower + i * 6, &pixels);
+            __m512 slope = _mm512_mul_ps(pixels, _mm512_sub_ps(one, pixels));
+            __m512 all = _mm512_mul_ps(_mm512_mul_ps(gap, slope), twice);
+            all = _mm512_permutexvar_ps(_mm512_loadu_si512(TO_CHANNELS), all);
+            __m256bh down = _mm512_cvtneps_pbh(all);
+            __m256i bits;
+            memcpy(&bits, &down, sizeof bits);
+            _mm256_mask_storeu_epi16(out + at, TWELVE, bits);
+        }
+    }
+}
+
+/* A convolution of maps (images, high, wide, 32) by 3 x 3 to 12 channels, which are the three colours
+ * of 2 x 2 pixels (Shi et al. 2016), and its sigmoid, to out (images, 2 high, 2 wide, 3).
+ *
+ * weights (9, 2, 16, 16, 2): the 32 channels, in pairs, of each place beneath the kernel, for 16 columns,
+ * of which 12 count, 2 rows x 2 columns x 3 colours; the bfloat16 nearest and what that leaves over.
+ * wide is a multiple of 16. */
 void to_pixels(const bf16 *maps, long images, long high, long wide, const bf16 *weights,
                const float *bias, float *out, int threads) {
     enum { WIDTH = 32, ROWS = 16, PIECE = ROWS * WIDTH /* numbers of a tile */ };
@@ -673,8 +747,8 @@ void to_pixels(const bf16 *maps, long images, long high, long wide, const bf16 *
                 for (long i = 0; i < pieces * ROWS; i++) {
                     __m512 sums = _mm512_load_ps(table[i / ROWS][i % ROWS]);
                     __m512 pixels = exact_sigmoid(_mm512_add_ps(sums, added));
-                    _mm512_mask_storeu_ps(upper + (x + i) * 6, 0x003F, pixels);
-                    _mm512_mask_storeu_ps(lower + (x + i) * 6 - 6, 0x0FC0, pixels);
+                    _mm512_mask_storeu_ps(upper + (x + i) * 6, UPPER, pixels);
+                    _mm512_mask_storeu_ps(lower + (x + i) * 6 - 6, LOWER, pixels);
                 }
             }
         }

@@ -222,6 +222,10 @@ class VAE(nn.Module):
         recon: Tensor = self.to_pixels(_cast(maps, self.to_pixels)).float().sigmoid()
         return recon
 
+    def painted_error(self, maps: Tensor, x: Tensor) -> Tensor:
+        """Mean squared error of what the decoder makes of its last maps, ()."""
+        return lowered.painted_error(self.to_pixels[0](_cast(maps, self.to_pixels)), x)
+
     def unpainted(self, x: Tensor, noise: Tensor | None = None) -> Evidence:
         """The VAE's pass, with the decoder's last maps for a reconstruction."""
         features = self.encode(x)

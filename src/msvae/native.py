@@ -24,8 +24,10 @@ POINTER, COUNT, REAL, THREADS = ctypes.c_void_p, ctypes.c_long, ctypes.c_double,
 ARGUMENTS = {
     "norm_silu": [POINTER, COUNT, COUNT, *[POINTER] * 4, REAL, REAL, *[POINTER] * 3, THREADS],
     "norm_silu_gradient": [POINTER, POINTER, COUNT, COUNT, *[POINTER] * 4, THREADS],
-    "adamw": [*[POINTER] * 5, COUNT, POINTER, THREADS],
-    "square_sum": [POINTER, COUNT],
+    "adamw": [POINTER, POINTER, POINTER, THREADS, POINTER, THREADS],
+    "square_sum": [POINTER, POINTER, THREADS],
+    "painted_error": [POINTER, POINTER, COUNT, COUNT, POINTER, THREADS],
+    "painted_error_gradient": [*[POINTER] * 2, COUNT, COUNT, ctypes.c_float, POINTER, THREADS],
     "local_means": [POINTER, COUNT, COUNT, *[POINTER] * 3, COUNT, POINTER, THREADS],
     "place_distances": [POINTER, COUNT, COUNT, *[POINTER] * 3, THREADS],
     "squared_error": [POINTER, POINTER, COUNT, POINTER, THREADS],
@@ -49,7 +51,7 @@ def library() -> Any:
         return None
     for name, arguments in ARGUMENTS.items():
         getattr(found, name).argtypes = arguments
-    found.square_sum.restype = REAL
+    found.square_sum.restype = found.painted_error.restype = REAL
     return found
 
 
@@ -101,19 +103,55 @@ def _room(threads: int, width: int) -> Tensor:
     return torch.empty(threads, 2, width, dtype=torch.double)
 
 
-def adamw(moved: Sequence[Tensor], gradient: Tensor, factors: Tensor) -> None:
-    """One step of a weight, its moments (float32) and its copy in bfloat16, the four `moved`.
+def painted_error(colours: Tensor, x: Tensor) -> Tensor:
+    """Mean of (sigmoid(pixel shuffle of the colours) - x)², ().
 
-    All alike in memory, without gaps. The `factors` (7,) are those of kernels.c.
+    Of maps (B, 12, h, w) in bfloat16 and images (B, 3, 2 h, 2 w), both channels last in memory.
     """
-    pointers = (t.data_ptr() for t in (*moved, gradient))
-    count, threads = gradient.numel(), torch.get_num_threads()
-    library().adamw(*pointers, count, factors.data_ptr(), threads)
+    b, _, high, wide = colours.shape
+    threads = torch.get_num_threads()
+    sums = torch.empty(threads, dtype=torch.double)
+    given = (colours.data_ptr(), x.data_ptr(), b * high, wide, sums.data_ptr(), threads)
+    return torch.tensor(library().painted_error(*given) / x.numel())
 
 
-def square_sum(values: Tensor) -> float:
-    """Σ v² of values in bfloat16 without gaps in memory."""
-    return float(library().square_sum(values.data_ptr(), values.numel()))
+def painted_error_gradient(colours: Tensor, x: Tensor, scale: float) -> Tensor:
+    """Its gradient (B, 12, h, w) times the scale."""
+    b, _, high, wide = colours.shape
+    out = torch.empty_like(colours)
+    library().painted_error_gradient(
+        *(colours.data_ptr(), x.data_ptr(), b * high, wide, scale / x.numel()),
+        *(out.data_ptr(), torch.get_num_threads()),
+    )
+    return out
+
+
+class Weights:
+    """Weights whose copies in bfloat16 are trained: what the loops need to know of all of them.
+
+    Each with its moments (float32) and its copy, all alike in memory, without gaps.
+    """
+
+    def __init__(self, moved: Sequence[tuple[Tensor, Tensor, Tensor, Tensor]]) -> None:
+        self.moved, self.number = moved, len(moved)
+        pointers = [t.data_ptr() for each in moved for t in each]
+        self.pointers = (POINTER * len(pointers))(*pointers)
+        self.counts = (COUNT * self.number)(*[each[0].numel() for each in moved])
+
+    def step(self, gradients: Sequence[Tensor], factors: Sequence[float]) -> None:
+        """One step of AdamW down gradients alike in memory; the `factors` (7) are those of kernels.c."""
+        told = (ctypes.c_float * len(factors))(*factors)
+        threads = torch.get_num_threads()
+        given = (self.pointers, _pointers(gradients), self.counts, self.number, told, threads)
+        library().adamw(*given)
+
+    def square_sum(self, gradients: Sequence[Tensor]) -> float:
+        """Σ g² of all gradients."""
+        return float(library().square_sum(_pointers(gradients), self.counts, self.number))
+
+
+def _pointers(tensors: Sequence[Tensor]) -> Any:
+    return (POINTER * len(tensors))(*[t.data_ptr() for t in tensors])
 
 
 def fits(places: int) -> bool:
@@ -134,10 +172,9 @@ def least_products(queries: Tensor, banks: Sequence[Tensor]) -> Tensor:
     """
     queries = queries.contiguous()
     least = queries.new_empty(len(queries), dtype=torch.float32)
-    pointers = (POINTER * len(banks))(*[bank.data_ptr() for bank in banks])
     places = banks[0].numel() // COLUMNS
     library().least_products(
-        *(queries.data_ptr(), len(queries), pointers, len(banks), places, least.data_ptr())
+        *(queries.data_ptr(), len(queries), _pointers(banks), len(banks), places, least.data_ptr())
     )
     return least
 

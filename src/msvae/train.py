@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional as F
 
 from msvae import scores
 from msvae.alongside import Reached, alone
@@ -66,9 +65,9 @@ class Losses(NamedTuple):
 
 def losses(model: VAE, x: Tensor, beta: float, noise: Tensor | None) -> Losses:
     """The mean ELBO of images (B, 3, S, S), the squared error in one fused operation."""
-    e = model(x, noise)
+    e = model.unpainted(x, noise)
     e = e._replace(mu=e.mu.float(), logvar=e.logvar.float())
-    error, size = F.mse_loss(e.recon, x), x[0].numel()
+    error, size = model.painted_error(e.recon, x), x[0].numel()
     # The optimal decoder variance of the batch; detached, its gradient is that of the analytic
     # σ-VAE loss D/2 log(mean squared error) (Rybkin et al. 2021, eq. 6).
     variance = error.detach() + 1e-6 if model.config.sigma_vae else None
