@@ -33,7 +33,7 @@ lint: $(READY)
 docs: $(READY)
 	$(BIN)/python docs/generate.py
 
-$(READY): pyproject.toml constraints.txt
+$(READY): pyproject.toml constraints.txt hatch_build.py src/msvae/kernels.c
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "msvae needs Python 3.11 or newer: set PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet $(INDEX) --constraint constraints.txt torch

@@ -44,6 +44,7 @@ def low(*shape, scale=1.0, shift=0.0):
 @needs_loops
 @pytest.mark.parametrize("shape", [(3, 32, 5, 7), (32, 64, 16, 16), (9, 96, 2, 2), (5, 256, 4, 4)])
 def test_norm_and_silu_are_those_of_torch(shape, threads):
+    """Forward, running statistics and all gradients, to what bfloat16 resolves."""
     x, above = low(*shape, scale=2, shift=3), low(*shape)
     norm = nn.BatchNorm2d(shape[1])
     with torch.no_grad():
@@ -77,6 +78,7 @@ def close(found, expected, share):
 
 @needs_loops
 def test_a_stage_joins_norm_and_silu_only_where_it_trains_in_bfloat16(monkeypatch):
+    """Elsewhere the layers run one after the other, and say the same."""
     calls, once = [], native.norm_silu
     monkeypatch.setattr(native, "norm_silu", lambda *a: calls.append(a) or once(*a))
     stage = lowered.Stage(nn.BatchNorm2d(32), nn.SiLU())
@@ -100,6 +102,7 @@ def test_a_stage_joins_norm_and_silu_only_where_it_trains_in_bfloat16(monkeypatc
 @needs_loops
 @pytest.mark.parametrize("count", [1, 16, 1000, 70_001])
 def test_sums_of_squares(count):
+    """Of all weights' gradients together, whatever their number."""
     values = torch.randn(count).bfloat16()
     weights = native.Weights([(values,) * 4] * 2)
     expected = float(2 * values.double().square().sum())
@@ -135,6 +138,7 @@ def steps_of(model, low_copies, count=6, most=0.5):
 @needs_loops
 @pytest.mark.parametrize("most", [0.01, 1e9])  # gradients cut off, or not
 def test_low_copies_train_as_the_weights_do(most, threads):
+    """The same training to a rounding; the weights stay float32, as the checkpoints' moments do."""
     torch.manual_seed(3)
     plain, copied = Small(), Small()
     copied.load_state_dict(plain.state_dict())
@@ -158,6 +162,7 @@ def test_low_copies_train_as_the_weights_do(most, threads):
 
 @needs_loops
 def test_one_step_of_adamw_is_that_of_torch(threads):
+    """Bias correction, decay and clipping, also of counts that fill no vector."""
     for count in (1, 15, 16, 333, 100_000):
         weight, gradient = torch.randn(count), torch.randn(count).bfloat16()
         exact = nn.Parameter(weight.double())
@@ -182,6 +187,7 @@ def test_one_step_of_adamw_is_that_of_torch(threads):
 
 @needs_loops
 def test_moments_are_resumed_with_low_copies():
+    """A training goes on with the moments that it was stopped with."""
     whole, parts = Small(), Small()
     parts.load_state_dict(whole.state_dict())
     steps_of(whole, True, 2)
@@ -199,6 +205,7 @@ def test_moments_are_resumed_with_low_copies():
 @needs_tiles
 @pytest.mark.parametrize("grid", [8, 16, 32])
 def test_least_distances_are_those_of_double_precision(grid):
+    """By brute force over the same alike images."""
     bank = torch.randn(20, 12, grid, grid)
     fitted = structure.StructureMap.fit(bank)
     found = fitted.distance(
@@ -215,6 +222,7 @@ def test_least_distances_are_those_of_double_precision(grid):
 
 @needs_tiles
 def test_a_place_is_nowhere_from_itself():
+    """A fitted image is at no distance from itself."""
     bank = torch.randn(12, 12, 8, 8)
     assert structure.StructureMap.fit(bank).distance(bank[:2]).max() < 0.05
 
@@ -222,6 +230,7 @@ def test_a_place_is_nowhere_from_itself():
 @needs_loops
 @pytest.mark.parametrize("side", [20, 32, 64, 100, 128])
 def test_local_means_are_those_of_torch(side, threads):
+    """In either layout of memory, also of sides that fill no vector."""
     x = torch.rand(3, 3, side, side)
     x[1] = maps.smooth(x[1], 2.0)
     for images in (x, x.contiguous(memory_format=LAST)):
@@ -230,6 +239,7 @@ def test_local_means_are_those_of_torch(side, threads):
 
 @needs_loops
 def test_place_distances_are_those_of_torch(threads):
+    """Squared Mahalanobis distances of every place."""
     vectors, mean = torch.randn(3, 10, 64), torch.randn(10, 64)
     whiten = torch.randn(10, 64, 64).triu()
     found = native.place_distances(vectors, mean, native.packed_triangles(whiten))
@@ -241,6 +251,7 @@ def test_place_distances_are_those_of_torch(threads):
 @pytest.mark.parametrize("side", [2, 5, 16, 33, 64])
 @pytest.mark.parametrize("sigma", [0.5, 1.3, 4.0])
 def test_blurs_are_products_with_the_matrix(side, sigma, threads):
+    """Mirrored at the edges, also where the kernel is as wide as the plane."""
     planes = torch.randn(3, side, side)
     matrix = maps.blurring(side, sigma, planes.device).double()
     close(maps.smooth(planes, sigma), matrix @ planes.double() @ matrix.T, 1e-6)
@@ -248,6 +259,7 @@ def test_blurs_are_products_with_the_matrix(side, sigma, threads):
 
 @needs_loops
 def test_means_of_the_greatest(threads):
+    """As by sorting: of ties, of negative numbers, of all."""
     values = torch.randn(4, 777)
     values[1] = values[1].round()  # many that are equal
     values[2] = -values[2].abs()
@@ -260,6 +272,7 @@ def test_means_of_the_greatest(threads):
 @needs_loops
 @pytest.mark.parametrize("side", [8, 33, 64])
 def test_band_energies_and_errors_are_those_of_torch(side, threads, monkeypatch):
+    """Statistics and errors that scores are read from, also of odd sides."""
     x, recon = torch.rand(2, 3, 5, 3, side, side)[:, 0]
     nothing = torch.zeros(5, 0)
     e = Evidence(x, recon, nothing, nothing, (), nothing, nothing, nothing)
@@ -276,6 +289,7 @@ def test_band_energies_and_errors_are_those_of_torch(side, threads, monkeypatch)
 @needs_loops
 @pytest.mark.parametrize("side", [(16, 16), (3, 5)])
 def test_the_error_of_what_is_painted_is_that_of_torch(side, threads):
+    """The loss and its gradient, scaled by what is above it."""
     colours = low(4, 12, *side, scale=2).requires_grad_()
     x = torch.rand(4, 3, 2 * side[0], 2 * side[1])
     exact = colours.detach().double().requires_grad_()
@@ -292,6 +306,7 @@ def test_the_error_of_what_is_painted_is_that_of_torch(side, threads):
 @needs_tiles
 @pytest.mark.parametrize("side", [(16, 16), (5, 48), (7, 80)])
 def test_pixels_are_those_of_the_float32_convolution(side, threads):
+    """Edges and widths of one to five tiles."""
     conv = nn.Conv2d(32, 12, 3, padding=1)
     x = low(3, 32, *side)
     with torch.no_grad():
@@ -313,6 +328,7 @@ def test_tiles_are_left_as_they_were_found():
 
 @needs_loops
 def test_nothing_native_gets_into_a_trace_or_a_gradient():
+    """A graph would keep what the loops gave once; a gradient would be lost."""
     x = torch.rand(1, 8, 8)
     with quiet():
         traced = torch.jit.trace(lambda v: maps.smooth(v, 1.0), (x,), check_trace=False)
@@ -321,11 +337,17 @@ def test_nothing_native_gets_into_a_trace_or_a_gradient():
     wanted = torch.rand(1, 8, 8, requires_grad=True)
     maps.smooth(wanted, 1.0).sum().backward()
     assert wanted.grad is not None
+    x, recon = torch.rand(2, 1, 3, 16, 16)
+    nothing, recon = torch.zeros(1, 0), recon.requires_grad_()
+    e = Evidence(x, recon, nothing, nothing, (), nothing, nothing, nothing)
+    for told in (scores.band_energies, scores.reconstruction, maps.reconstruction_map):
+        assert torch.autograd.grad(told(e).sum(), recon)[0].abs().sum() > 0
     assert not native.suits(x.double())
 
 
 @needs_loops
 def test_without_the_loops_a_model_says_the_same(monkeypatch):
+    """Reconstructions to 2e-5."""
     model = VAE(Config().replace(image_size=64).model)
     x = torch.rand(2, 3, 64, 64).contiguous(memory_format=LAST)
     with torch.inference_mode():
@@ -337,6 +359,7 @@ def test_without_the_loops_a_model_says_the_same(monkeypatch):
 
 
 def test_on_another_processor_there_are_no_loops(monkeypatch):
+    """What runs then is torch alone."""
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True})
     native.library.cache_clear()
     native.has_tiles.cache_clear()
@@ -352,10 +375,23 @@ def test_on_another_processor_there_are_no_loops(monkeypatch):
 
 
 def test_a_library_that_cannot_be_loaded_is_done_without(monkeypatch, tmp_path):
+    """A broken file, or one of another system, stops nobody."""
     everything = dict.fromkeys(native.NEEDED, True)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: everything)
     monkeypatch.setattr(native, "LIBRARY", tmp_path / "kernels.so")
     (tmp_path / "kernels.so").write_bytes(b"not a library")
+    native.library.cache_clear()
+    try:
+        assert native.library() is None
+    finally:
+        monkeypatch.undo()
+        native.library.cache_clear()
+
+
+@needs_loops
+def test_a_library_of_older_sources_is_done_without(monkeypatch):
+    """Called with other arguments it would write where it should not."""
+    monkeypatch.setattr(native, "VERSION", native.VERSION + 1)
     native.library.cache_clear()
     try:
         assert native.library() is None
@@ -381,6 +417,7 @@ def hook(monkeypatch):
 
 @needs_loops
 def test_the_build_makes_the_library_or_says_that_it_cannot(monkeypatch, tmp_path):
+    """Without a compiler nothing is left behind, and installation goes on."""
     build, source = hook(monkeypatch), native.LIBRARY.with_name("kernels.c")
     built = tmp_path / "kernels.so"
     monkeypatch.setenv("CC", "no-such-compiler")

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+VERSION = 1  # of the functions' arguments, as in kernels.c
 LIBRARY = Path(__file__).with_name("kernels.so")
 NEEDED = ("avx512_f", "avx512_bw", "avx512_vl", "avx512_dq", "avx512_bf16")
 LINE = 32  # the channels of maps are a multiple of it
@@ -47,7 +48,9 @@ def library() -> Any:
         return None
     try:
         found = ctypes.CDLL(str(LIBRARY))
-    except OSError:  # it is another system's, or torch has no OpenMP
+        if found.version() != VERSION:  # built before the sources were changed
+            return None
+    except (OSError, AttributeError):  # it is another system's, or torch has no OpenMP
         return None
     for name, arguments in ARGUMENTS.items():
         getattr(found, name).argtypes = arguments

@@ -106,7 +106,7 @@ def band_energies(e: Evidence) -> Tensor:
 
     What the model left over, and how busy the image is.
     """
-    if native.suits(e.x) and e.x.shape[-1] >= 2**BANDS:
+    if native.suits(e.x) and native.suits(e.recon) and e.x.shape[-1] >= 2**BANDS:
         return (native.band_energies(e.x, e.recon).flatten(1) + FLOOR).log()
     both = _bands(torch.cat([e.x - e.recon, e.x - 0.5]))
     return torch.cat(both.chunk(2), dim=1)

@@ -229,7 +229,7 @@ class StructureMap:
     @torch.inference_mode(mode=False)
     def tiles(self) -> Tensor:
         """The same as the processor's tiles take them, (M, L / 16, 32, 16, 2)."""
-        return native.packed(self.low)
+        return native.packed(_low(self.places.float(), queries=False))
 
 
 def _low(places: Tensor, queries: bool) -> Tensor:
