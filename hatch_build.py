@@ -6,6 +6,7 @@ import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
@@ -23,24 +24,31 @@ class KernelsHook(BuildHookInterface[Any]):
         del version
         package = Path(self.root) / PACKAGE
         built = package / "kernels.so"
-        if not sys.platform.startswith("linux") or not _compiled(package / "kernels.c", built):
-            self.app.display_warning("msvae goes without its compiled loops: training takes longer")
+        reason = _compiled(package / "kernels.c", built)
+        if reason:
+            built.unlink(missing_ok=True)  # one of older sources
+            self.app.display_warning(f"msvae goes without its compiled loops: {reason}")
             return
         build_data["pure_python"] = False
         build_data["tag"] = f"py3-none-{sysconfig.get_platform().replace('-', '_')}"
         build_data["artifacts"].append(f"/{PACKAGE}/kernels.so")
 
 
-def _compiled(source: Path, built: Path) -> bool:
+def _compiled(source: Path, built: Path) -> str:
+    """Why there is no library; nothing where there is one."""
+    if not sys.platform.startswith("linux"):
+        return "they are for Linux"
     compiler = shlex.split(os.environ.get("CC") or "cc")
-    made, partial = built.with_suffix(".o"), built.with_suffix(".partial")
     flags = [*FLAGS.split(), *[f"-m{name}" for name in PROCESSOR.split()]]
-    try:
-        for order in ([*flags, "-c", source, "-o", made], ["-shared", made, "-o", partial]):
-            subprocess.run([*compiler, *order], check=True, capture_output=True)  # noqa: S603
-        partial.replace(built)
-    except (OSError, subprocess.CalledProcessError):
-        return False
-    finally:
-        made.unlink(missing_ok=True)
-    return True
+    with TemporaryDirectory(dir=built.parent) as folder:
+        made, linked = Path(folder) / "kernels.o", Path(folder) / "kernels.so"
+        try:
+            for order in ([*flags, "-c", source, "-o", made], ["-shared", made, "-o", linked]):
+                command = [*compiler, *order]
+                subprocess.run(command, check=True, capture_output=True, text=True)  # noqa: S603
+        except OSError as error:
+            return f"no C compiler ({error})"
+        except subprocess.CalledProcessError as error:
+            return error.stderr.strip() or f"{compiler[0]} failed"
+        linked.replace(built)
+    return ""

@@ -185,7 +185,12 @@ def test_gradcam_by_hand(detector, images, name):
     features = [f.detach() for f in evidence.features]
     top = features[-1].requires_grad_()
     mu, logvar = model.posterior(top)
-    changed = {"recon": model.decode(mu), "mu": mu, "logvar": logvar, "features": tuple(features)}
+    changed = {
+        "recon": model.painted(model.drawn(mu)),
+        "mu": mu,
+        "logvar": logvar,
+        "features": tuple(features),
+    }
     e = evidence._replace(**changed)
     score = {
         "reconstruction": (e.x - e.recon).square().mean(dim=(1, 2, 3)),

@@ -132,6 +132,7 @@ def test_distances_are_those_of_the_nearest_place_of_an_alike_image(leave_out, l
     """By brute force: the ten most alike images, all their places, the nearest of them."""
     monkeypatch.setattr(structure, "MANY", 1)
     monkeypatch.setattr(structure, "low_pays", lambda device: low)
+    monkeypatch.setattr(structure.native, "has_tiles", lambda: False)  # tests/test_native.py
     bank = local_statistics(textures(24, 0, 32)).double()
     queries = bank if leave_out else local_statistics(textures(4, 9, 32)).double()
     expected = distances_by_loops(bank.numpy(), queries.numpy(), skip_self=leave_out)

@@ -36,11 +36,10 @@ class AdamW(torch.optim.AdamW):
         for part in self.lowered:
             part.low = part.weight.detach().bfloat16().requires_grad_()
             state = self.state[part.weight]
-            if not state:
-                state["step"] = torch.zeros((), dtype=torch.float32)
-                for name in ("exp_avg", "exp_avg_sq"):
-                    moments = torch.zeros_like(part.weight, memory_format=torch.preserve_format)
-                    state[name] = moments
+            state.setdefault("step", torch.zeros((), dtype=torch.float32))
+            for name in ("exp_avg", "exp_avg_sq"):  # alike in memory, as the loops walk in step
+                empty = torch.empty_like(part.weight, memory_format=torch.preserve_format)
+                state[name] = empty.copy_(state[name]) if name in state else empty.zero_()
             moved.append((part.weight, state["exp_avg"], state["exp_avg_sq"], part.low))
         self.weights = native.Weights(moved)
 
@@ -91,12 +90,11 @@ class AdamW(torch.optim.AdamW):
         return out
 
     def _gradients(self) -> list[Tensor]:
-        """Of each copy, laid out in memory as the copy is; of nothing where there is none."""
+        """Of each copy, laid out in memory as the copy is; all layers take part in a step."""
         out = []
         for *_, low in self.weights.moved:
-            if low.grad is None:
-                low.grad = torch.zeros_like(low)
-            elif low.grad.stride() != low.stride():
+            assert low.grad is not None
+            if low.grad.stride() != low.stride():
                 low.grad = torch.empty_like(low).copy_(low.grad)
             out.append(low.grad)
         return out

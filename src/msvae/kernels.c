@@ -46,6 +46,19 @@ static inline __m512 sigmoid(__m512 x) {
     return _mm512_rcp14_ps(_mm512_add_ps(_mm512_set1_ps(1.0f), _mm512_scalef_ps(two_r, n)));
 }
 
+/* Adds what two times two vectors say of 32 channels to two rows of sums. */
+static void add_lines(const __m512 *upper, const __m512 *lower, double *sums, long width) {
+    float told[4][LANES];
+    for (int i = 0; i < 2; i++) {
+        _mm512_storeu_ps(told[i], upper[i]);
+        _mm512_storeu_ps(told[2 + i], lower[i]);
+    }
+    for (int k = 0; k < LINE; k++) {
+        sums[k] += told[k / LANES][k % LANES];
+        sums[width + k] += told[2 + k / LANES][k % LANES];
+    }
+}
+
 /* Sums and sums of squares of the channels of rows first to last, to sums (2, width). From the last
  * row to the first: the last were written last and are still in the cache. */
 static void channel_sums(const bf16 *x, long first, long last, long width, double *sums) {
@@ -60,15 +73,7 @@ static void channel_sums(const bf16 *x, long first, long last, long width, doubl
                     total[i] = _mm512_add_ps(total[i], v);
                     square[i] = _mm512_fmadd_ps(v, v, square[i]);
                 }
-            float told[4][LANES];
-            for (int i = 0; i < 2; i++) {
-                _mm512_storeu_ps(told[i], total[i]);
-                _mm512_storeu_ps(told[2 + i], square[i]);
-            }
-            for (int k = 0; k < LINE; k++) {
-                sums[c + k] += told[k / LANES][k % LANES];
-                sums[width + c + k] += told[2 + k / LANES][k % LANES];
-            }
+            add_lines(total, square, sums + c, width);
         }
     }
 }
@@ -108,15 +113,7 @@ static void silu_gradient(const bf16 *x, const bf16 *above, long first, long las
                     product[i] = _mm512_fmadd_ps(d, v, product[i]);
                     store(out + at, d);
                 }
-            float told[4][LANES];
-            for (int i = 0; i < 2; i++) {
-                _mm512_storeu_ps(told[i], total[i]);
-                _mm512_storeu_ps(told[2 + i], product[i]);
-            }
-            for (int k = 0; k < LINE; k++) {
-                sums[c + k] += told[k / LANES][k % LANES];
-                sums[width + c + k] += told[2 + k / LANES][k % LANES];
-            }
+            add_lines(total, product, sums + c, width);
         }
     }
 }
@@ -277,12 +274,18 @@ struct tiles {
     uint8_t rows[16];
 };
 
+/* What was written is in memory, and what is read is read anew: compilers do not know all that the
+ * instructions for tiles touch. */
+#define IN_MEMORY __asm__ volatile("" ::: "memory")
+
 /* Eight tiles of 16 rows of 64 bytes; returns how they were set before. */
 static struct tiles take_tiles(void) {
     struct tiles ours = {.palette = 1}, theirs;
     for (int i = 0; i < 8; i++) ours.bytes[i] = 64, ours.rows[i] = 16;
+    IN_MEMORY;
     _tile_storeconfig(&theirs);
     _tile_loadconfig(&ours);
+    IN_MEMORY;
     return theirs;
 }
 
@@ -340,7 +343,8 @@ void least_products(const bf16 *queries, long count, const bf16 *const *banks, i
     give_tiles_back(theirs);
 }
 
-/* Gaussian blurs of planes of floats, (rows, stride), the stride a multiple of 16 beyond the side.
+/* Gaussian blurs of planes of floats, (rows, stride), the stride the side filled up to a multiple of
+ * 16.
  * A kernel of 2 radius + 1 weights; what lies beyond an edge is mirrored at it. */
 static inline long mirrored(long i, long side) {
     i = i < 0 ? -i : i;
@@ -414,10 +418,9 @@ void local_means(const float *x, long images, long side, const float *kernels, c
     for (int k = 0; k < 4; k++) room = radii[k] > room ? radii[k] : room;
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (long n = 0; n < images; n++) {
-        float *plane = aligned_alloc(64, sizeof(float) * (PLANES * size + 2 * stride + 2 * (room + 32)));
+        float *plane = calloc(PLANES * size + 2 * stride + 2 * (room + 32), sizeof(float));
         float *row = plane + PLANES * size, *wide = row + stride, *planes[PLANES];
         for (int k = 0; k < PLANES; k++) planes[k] = plane + k * size;
-        memset(plane, 0, sizeof(float) * (PLANES * size + 2 * stride + 2 * (room + 32)));
         float *luma = planes[LUMA], *to = out + n * 13 * grid * grid;
         const float *pixel = x + n * side * side * 3, *window = kernels;
         for (long y = 0; y < side; y++)
@@ -719,6 +722,7 @@ void to_pixels(const bf16 *maps, long images, long high, long wide, const bf16 *
             else
                 memset(next, 0, wide * WIDTH * sizeof(bf16));
             if (y < 0) continue;
+            IN_MEMORY;
             float *upper = out + (n * high + y) * 2 * wide * 6, *lower = upper + wide * 6;
             for (long x = 0; x < wide; x += 4 * ROWS) {
                 long pieces = (wide - x) / ROWS < 4 ? (wide - x) / ROWS : 4;

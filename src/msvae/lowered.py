@@ -27,9 +27,9 @@ class Lowered:
     weight: Tensor
     low: Tensor | None = None
 
-    def trained(self, weight: Tensor) -> Tensor:
+    def trained(self) -> Tensor:
         """The copy, where there is one and gradients are wanted, else the weight itself."""
-        return self.low if self.low is not None and torch.is_grad_enabled() else weight
+        return self.low if self.low is not None and torch.is_grad_enabled() else self.weight
 
 
 class Linear(Lowered, nn.Linear):
@@ -37,7 +37,7 @@ class Linear(Lowered, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, N) -> (B, M)."""
-        return F.linear(x, self.trained(self.weight), self.bias)
+        return F.linear(x, self.trained(), self.bias)
 
 
 class Conv2d(Lowered, nn.Conv2d):
@@ -52,7 +52,7 @@ class Conv2d(Lowered, nn.Conv2d):
         """(B, C, h, w) -> (B, C', h', w')."""
         if _pays(self, x, self.stride[0] ** 2):
             return _by_products(self, x, up=False)
-        return self._conv_forward(x, self.trained(self.weight), self.bias)
+        return self._conv_forward(x, self.trained(), self.bias)
 
 
 class ConvTranspose2d(Lowered, nn.ConvTranspose2d):
@@ -68,7 +68,7 @@ class ConvTranspose2d(Lowered, nn.ConvTranspose2d):
         if output_size is None and _pays(self, x, 1):
             return _by_products(self, x, up=True)
         if output_size is None:
-            weight, padding = self.trained(self.weight), cast("tuple[int, ...]", self.padding)
+            weight, padding = self.trained(), cast("tuple[int, ...]", self.padding)
             return F.conv_transpose2d(x, weight, self.bias, self.stride, padding)
         return super().forward(x, output_size)
 
@@ -83,7 +83,7 @@ def _pays(conv: Conv2d | ConvTranspose2d, x: Tensor, smaller: int) -> bool:
 
 
 def _by_products(conv: Conv2d | ConvTranspose2d, x: Tensor, up: bool) -> Tensor:
-    weight, apply = conv.trained(conv.weight).to(x.dtype), cast("Any", _ByProducts.apply)
+    weight, apply = conv.trained().to(x.dtype), cast("Any", _ByProducts.apply)
     out: Tensor = apply(x, weight, conv.stride[0], conv.padding[0], up)
     return out
 
@@ -156,7 +156,7 @@ def _joins(norm: nn.Module, h: Tensor) -> bool:
         return False
     fits = norm.num_features % native.LINE == 0 and norm.weight.dtype == torch.float32
     learns = norm.training and norm.momentum is not None and torch.is_grad_enabled()
-    here = h.dtype == torch.bfloat16 and h.device.type == "cpu"
+    here = h.dtype == torch.bfloat16 and h.device.type == "cpu" and h.numel() > h.shape[1]
     return fits and learns and here and h.is_contiguous(memory_format=torch.channels_last)
 
 
@@ -164,7 +164,7 @@ class _NormSiLU(torch.autograd.Function):
     """SiLU of the batch norm (Ioffe & Szegedy 2015) of maps (B, C, h, w) in bfloat16, channels last.
 
     With u = a x + b, what comes from above is d = g σ(u) (1 + u (1 - σ(u))), and what goes below
-    a (d - mean(d) - x̂ mean(d x̂)), x̂ the normalised maps. Only x is kept for it.
+    a (d - mean(d) - x̂ mean(d x̂)), x̂ the normalised maps. Of the maps only x is kept for it.
     """
 
     @staticmethod

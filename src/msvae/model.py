@@ -204,10 +204,6 @@ class VAE(nn.Module):
         flat = _cast(self.dropout(top.permute(0, 2, 3, 1).flatten(1)), self.to_mu)
         return self.to_mu(flat), self.to_logvar(flat).clamp(*LOGVAR_RANGE)
 
-    def decode(self, z: Tensor) -> Tensor:
-        """Decoder mean (B, 3, H, W) in (0, 1) of latents (B, Z)."""
-        return self.painted(self.drawn(z))
-
     def drawn(self, z: Tensor) -> Tensor:
         """The decoder's last maps (B, C, H / 2, W / 2) of latents (B, Z)."""
         h = self.dropout(self.from_latent(_cast(z, self.from_latent)))
@@ -282,6 +278,9 @@ class VAE(nn.Module):
         What becomes a number at once (latents, log-probabilities) stays in float32.
         """
         copy = deepcopy(self).eval().requires_grad_(False)
+        for part in copy.modules():
+            if isinstance(part, lowered.Lowered):
+                part.low = None  # of a training that was broken off
         blocks = [m for m in copy.modules() if isinstance(m, nn.Sequential)]
         for block in blocks:
             _fold(block)

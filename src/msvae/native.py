@@ -21,22 +21,22 @@ TILE = 16  # rows of a tile: the places in `least_products` are a multiple of fo
 COLUMNS = 64  # of a place there
 DIMENSIONS = 64  # of vectors in `place_distances`
 
-POINTER, COUNT, REAL, THREADS = ctypes.c_void_p, ctypes.c_long, ctypes.c_double, ctypes.c_int
+POINTER, COUNT, REAL, FEW = ctypes.c_void_p, ctypes.c_long, ctypes.c_double, ctypes.c_int
 ARGUMENTS = {
-    "norm_silu": [POINTER, COUNT, COUNT, *[POINTER] * 4, REAL, REAL, *[POINTER] * 3, THREADS],
-    "norm_silu_gradient": [POINTER, POINTER, COUNT, COUNT, *[POINTER] * 4, THREADS],
-    "adamw": [POINTER, POINTER, POINTER, THREADS, POINTER, THREADS],
-    "square_sum": [POINTER, POINTER, THREADS],
-    "painted_error": [POINTER, POINTER, COUNT, COUNT, POINTER, THREADS],
-    "painted_error_gradient": [*[POINTER] * 2, COUNT, COUNT, ctypes.c_float, POINTER, THREADS],
-    "local_means": [POINTER, COUNT, COUNT, *[POINTER] * 3, COUNT, POINTER, THREADS],
-    "place_distances": [POINTER, COUNT, COUNT, *[POINTER] * 3, THREADS],
-    "squared_error": [POINTER, POINTER, COUNT, POINTER, THREADS],
-    "blur_planes": [POINTER, COUNT, COUNT, POINTER, COUNT, POINTER, THREADS],
-    "greatest_means": [POINTER, COUNT, COUNT, COUNT, POINTER, THREADS],
-    "band_energies": [POINTER, POINTER, COUNT, COUNT, POINTER, THREADS],
-    "to_pixels": [POINTER, COUNT, COUNT, COUNT, *[POINTER] * 3, THREADS],
-    "least_products": [POINTER, COUNT, POINTER, THREADS, COUNT, POINTER],
+    "norm_silu": [POINTER, COUNT, COUNT, *[POINTER] * 4, REAL, REAL, *[POINTER] * 3, FEW],
+    "norm_silu_gradient": [POINTER, POINTER, COUNT, COUNT, *[POINTER] * 4, FEW],
+    "adamw": [POINTER, POINTER, POINTER, FEW, POINTER, FEW],
+    "square_sum": [POINTER, POINTER, FEW],
+    "painted_error": [POINTER, POINTER, COUNT, COUNT, POINTER, FEW],
+    "painted_error_gradient": [*[POINTER] * 2, COUNT, COUNT, ctypes.c_float, POINTER, FEW],
+    "local_means": [POINTER, COUNT, COUNT, *[POINTER] * 3, COUNT, POINTER, FEW],
+    "place_distances": [POINTER, COUNT, COUNT, *[POINTER] * 3, FEW],
+    "squared_error": [POINTER, POINTER, COUNT, POINTER, FEW],
+    "blur_planes": [POINTER, COUNT, COUNT, POINTER, COUNT, POINTER, FEW],
+    "greatest_means": [POINTER, COUNT, COUNT, COUNT, POINTER, FEW],
+    "band_energies": [POINTER, POINTER, COUNT, COUNT, POINTER, FEW],
+    "to_pixels": [POINTER, COUNT, COUNT, COUNT, *[POINTER] * 3, FEW],
+    "least_products": [POINTER, COUNT, POINTER, FEW, COUNT, POINTER],
 }
 
 
@@ -112,6 +112,7 @@ def painted_error(colours: Tensor, x: Tensor) -> Tensor:
     Of maps (B, 12, h, w) in bfloat16 and images (B, 3, 2 h, 2 w), both channels last in memory.
     """
     b, _, high, wide = colours.shape
+    assert x.shape == (b, 3, 2 * high, 2 * wide)
     threads = torch.get_num_threads()
     sums = torch.empty(threads, dtype=torch.double)
     given = (colours.data_ptr(), x.data_ptr(), b * high, wide, sums.data_ptr(), threads)
@@ -137,15 +138,14 @@ class Weights:
 
     def __init__(self, moved: Sequence[tuple[Tensor, Tensor, Tensor, Tensor]]) -> None:
         self.moved, self.number = moved, len(moved)
-        pointers = [t.data_ptr() for each in moved for t in each]
-        self.pointers = (POINTER * len(pointers))(*pointers)
         self.counts = (COUNT * self.number)(*[each[0].numel() for each in moved])
 
     def step(self, gradients: Sequence[Tensor], factors: Sequence[float]) -> None:
         """One step of AdamW down gradients alike in memory; the `factors` (7) are those of kernels.c."""
         told = (ctypes.c_float * len(factors))(*factors)
         threads = torch.get_num_threads()
-        given = (self.pointers, _pointers(gradients), self.counts, self.number, told, threads)
+        moved = _pointers([t for each in self.moved for t in each])
+        given = (moved, _pointers(gradients), self.counts, self.number, told, threads)
         library().adamw(*given)
 
     def square_sum(self, gradients: Sequence[Tensor]) -> float:
@@ -174,6 +174,8 @@ def least_products(queries: Tensor, banks: Sequence[Tensor]) -> Tensor:
     All in bfloat16, the products in float32; the banks are of one size.
     """
     queries = queries.contiguous()
+    assert queries.shape[1] == COLUMNS
+    assert fits(len(queries))
     least = queries.new_empty(len(queries), dtype=torch.float32)
     places = banks[0].numel() // COLUMNS
     library().least_products(
@@ -209,6 +211,8 @@ def packed_triangles(whiten: Tensor) -> Tensor:
 def place_distances(vectors: Tensor, mean: Tensor, triangles: Tensor) -> Tensor:
     """|(v - mean) W|², (B, L), of vectors (B, L, 64) at L places, W the `packed_triangles`."""
     vectors = vectors.contiguous()
+    assert vectors.shape[1:] == mean.shape
+    assert len(triangles) == len(mean)
     out = vectors.new_empty(vectors.shape[:2])
     library().place_distances(
         *(vectors.data_ptr(), *vectors.shape[:2], mean.data_ptr(), triangles.data_ptr()),
@@ -251,6 +255,7 @@ def suits(values: Tensor) -> bool:
 
 def squared_error(x: Tensor, recon: Tensor) -> Tensor:
     """Mean over the channels of (x - x̂)², (B, S, S)."""
+    assert x.shape == recon.shape
     own, other = (t.permute(0, 2, 3, 1).contiguous() for t in (x, recon))
     out = own.new_empty(own.shape[:3])
     library().squared_error(
@@ -261,6 +266,7 @@ def squared_error(x: Tensor, recon: Tensor) -> Tensor:
 
 def band_energies(x: Tensor, recon: Tensor) -> Tensor:
     """Energies by Haar band, luma and colour, of x - x̂ and of x - 1/2, (B, 2, 4, 2)."""
+    assert x.shape == recon.shape
     own, other = (t.permute(0, 2, 3, 1).contiguous() for t in (x, recon))
     out = x.new_empty(len(x), 2, 4, 2)
     library().band_energies(

@@ -197,7 +197,7 @@ class StructureMap:
         device = queries.device
         if device.type != "cpu" and low_pays(device):
             return _least_products(_low(queries, queries=True), self.low, alike)
-        if native.has_tiles() and native.fits(self.places.shape[1]):
+        if native.suits(queries) and native.has_tiles() and native.fits(queries.shape[1]):
             asked = _low(queries, queries=True)
             banks = ([self.tiles[i] for i in a.tolist()] for a in alike)
             rows = [native.least_products(q, b) for q, b in zip(asked, banks, strict=True)]

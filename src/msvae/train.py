@@ -154,12 +154,12 @@ def train(
     """
     progress, state = progress or Silent(), state or State()
     trainer = Trainer(model, config, len(pixels))
-    if state.tensors:
-        _restore(trainer, state)
-    first, total = state.epoch * trainer.steps, trainer.epochs * trainer.steps
-    tracked = iter(progress.track(range(first + 1, total + 1), "training", total - first))
-    ticks = map(reached, tracked)
     with closing(trainer.optimiser):
+        if state.tensors:
+            _restore(trainer, state)
+        first, total = state.epoch * trainer.steps, trainer.epochs * trainer.steps
+        tracked = iter(progress.track(range(first + 1, total + 1), "training", total - first))
+        ticks = map(reached, tracked)
         while state.epoch < trainer.epochs and not _patience_over(state, config.train.patience):
             row = trainer.epoch(pixels, state, ticks, progress.note)
             row["stop_loss"] = trainer.stop_loss(stop)
