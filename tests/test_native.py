@@ -292,6 +292,17 @@ def test_band_energies_and_errors_are_those_of_torch(side, threads, monkeypatch)
         close(one, other, 1e-5)
 
 
+@needs_tiles
+@pytest.mark.parametrize("channels", [32, 64, 224])
+def test_mixed_channels_are_those_of_float32(channels, threads):
+    """Weights keep 16 bits, the maps are bfloat16 already."""
+    x, mix = low(3, channels, 8, 6), torch.randn(channels, 64)
+    assert native.mixes(x, mix)
+    close(
+        native.mixed(x, native.packed_mix(mix)), x.permute(0, 2, 3, 1).double() @ mix.double(), 1e-5
+    )
+
+
 @needs_loops
 @pytest.mark.parametrize("side", [(16, 16), (3, 5)])
 def test_the_error_of_what_is_painted_is_that_of_torch(side, threads):

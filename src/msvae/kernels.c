@@ -20,7 +20,7 @@
 typedef uint16_t bf16;
 
 /* Of the functions' arguments: native.py does without a library of another one. */
-int version(void) { return 1; }
+int version(void) { return 2; }
 
 enum { LANES = 16, LINE = 32 /* bfloat16 numbers of a cache line */, BLOCK = 128 /* rows */ };
 
@@ -296,13 +296,11 @@ static void give_tiles_back(struct tiles theirs) {
         _tile_release();
 }
 
-/* The least product of each of the queries (count, 64) with a row of any of the banks, to least.
- *
- * A bank (places, 64) lies in groups of 16 rows, (places / 16, 32, 16, 2): pairs of columns, then the
- * rows, as AMX takes them. count is a multiple of 16, places of 64. Tiles 4 and 5 hold 16 queries, 6
- * and 7 the two halves of 16 places, 0 to 3 the products with 64: only their least are kept. */
-void least_products(const bf16 *queries, long count, const bf16 *const *banks, int how_many,
-                    long places, float *least) {
+/* The least product of each of the queries (count, 64) with a row of any of how_many of the banks, to
+ * least. count is a multiple of 16, places of 64. Tiles 4 and 5 hold 16 queries, 6 and 7 the two halves
+ * of 16 places, 0 to 3 the products with 64: only their least are kept. */
+static void least_of_image(const bf16 *queries, long count, const bf16 *banks, const int64_t *alike,
+                           int how_many, long places, float *least) {
     enum { COLUMNS = 64, HALF = 32, ROWS = 16, TABLE = 4 * ROWS, NEAR = 256 /* rows in the cache */ };
     struct tiles theirs = take_tiles();
     float table[4][ROWS][ROWS] __attribute__((aligned(64)));
@@ -316,7 +314,7 @@ void least_products(const bf16 *queries, long count, const bf16 *const *banks, i
                 _tile_loadd(4, queries + q * COLUMNS, COLUMNS * sizeof(bf16));
                 _tile_loadd(5, queries + q * COLUMNS + HALF, COLUMNS * sizeof(bf16));
                 for (long p = near; p < end; p += TABLE) {
-                    const bf16 *bank = banks[b] + p * COLUMNS;
+                    const bf16 *bank = banks + (alike[b] * places + p) * COLUMNS;
 #define PRODUCTS(tile)                                                              \
     _tile_zero(tile);                                                               \
     _tile_loadd(6, bank + tile * ROWS * COLUMNS, 64);                               \
@@ -341,6 +339,55 @@ void least_products(const bf16 *queries, long count, const bf16 *const *banks, i
                 }
             }
     give_tiles_back(theirs);
+}
+
+/* The same for several images: queries (images, count, 64), of each how_many alike (images, how_many) of
+ * the banks. A bank (places, 64) lies in groups of 16 rows, (places / 16, 32, 16, 2): pairs of columns,
+ * then the rows, as AMX takes them. */
+void least_products(const bf16 *queries, long images, long count, const bf16 *banks,
+                    const int64_t *alike, int how_many, long places, float *least, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (long n = 0; n < images; n++)
+        least_of_image(queries + n * count * 64, count, banks, alike + n * how_many, how_many, places,
+                       least + n * count);
+}
+
+/* Products of rows (count, width) with weights (width, 64), to out (count, 64). The weights lie as
+ * (width / 32, 4, 2, 16, 16, 2): for 32 columns and 16 of the 64 the bfloat16 nearest and what that
+ * leaves over. count is a multiple of 16, width of 32. */
+void mix(const bf16 *rows, long count, long width, const bf16 *weights, float *out, int threads) {
+    enum { ROWS = 16, PIECE = 512 /* numbers of a tile */, SIDE = 64 };
+    long blocks = count / ROWS;
+#pragma omp parallel for num_threads(threads) schedule(static, 1)
+    for (int t = 0; t < threads; t++) {
+        struct tiles theirs = take_tiles();
+        for (long block = blocks * t / threads; block < blocks * (t + 1) / threads; block++) {
+            const bf16 *from = rows + block * ROWS * width;
+            float *to = out + block * ROWS * SIDE;
+            _tile_zero(0);
+            _tile_zero(1);
+            _tile_zero(2);
+            _tile_zero(3);
+            for (long k = 0; k < width / LINE; k++) {
+                const bf16 *weight = weights + k * 8 * PIECE;
+                _tile_loadd(4, from + k * LINE, width * sizeof(bf16));
+#define MIXED(tile)                                          \
+    _tile_loadd(5, weight + tile * 2 * PIECE, 64);           \
+    _tile_loadd(6, weight + (tile * 2 + 1) * PIECE, 64);     \
+    _tile_dpbf16ps(tile, 4, 5);                              \
+    _tile_dpbf16ps(tile, 4, 6);
+                MIXED(0)
+                MIXED(1)
+                MIXED(2)
+                MIXED(3)
+            }
+            _tile_stored(0, to, SIDE * sizeof(float));
+            _tile_stored(1, to + 16, SIDE * sizeof(float));
+            _tile_stored(2, to + 32, SIDE * sizeof(float));
+            _tile_stored(3, to + 48, SIDE * sizeof(float));
+        }
+        give_tiles_back(theirs);
+    }
 }
 
 /* Gaussian blurs of planes of floats, (rows, stride), the stride the side filled up to a multiple of

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-VERSION = 1  # of the functions' arguments, as in kernels.c
+VERSION = 2  # of the functions' arguments, as in kernels.c
 LIBRARY = Path(__file__).with_name("kernels.so")
 NEEDED = ("avx512_f", "avx512_bw", "avx512_vl", "avx512_dq", "avx512_bf16")
 LINE = 32  # the channels of maps are a multiple of it
@@ -36,7 +36,8 @@ ARGUMENTS = {
     "greatest_means": [POINTER, COUNT, COUNT, COUNT, POINTER, FEW],
     "band_energies": [POINTER, POINTER, COUNT, COUNT, POINTER, FEW],
     "to_pixels": [POINTER, COUNT, COUNT, COUNT, *[POINTER] * 3, FEW],
-    "least_products": [POINTER, COUNT, POINTER, FEW, COUNT, POINTER],
+    "mix": [POINTER, COUNT, COUNT, POINTER, POINTER, FEW],
+    "least_products": [POINTER, COUNT, COUNT, *[POINTER] * 2, FEW, COUNT, POINTER, FEW],
 }
 
 
@@ -168,18 +169,22 @@ def packed(places: Tensor) -> Tensor:
     return groups.transpose(-3, -2).contiguous()
 
 
-def least_products(queries: Tensor, banks: Sequence[Tensor]) -> Tensor:
-    """The least product of each of the queries (L, 64) with a place of the `packed` banks, (L,).
+def least_products(queries: Tensor, banks: Tensor, alike: Tensor) -> Tensor:
+    """The least product of each of the queries (B, L, 64) with a place of the banks alike, (B, L).
 
-    All in bfloat16, the products in float32; the banks are of one size.
+    All in bfloat16, the products in float32. The `packed` banks (M, L' / 16, 32, 16, 2) are of images,
+    of which `alike` (B, A) tells those that count.
     """
-    queries = queries.contiguous()
-    assert queries.shape[1] == COLUMNS
-    assert fits(len(queries))
-    least = queries.new_empty(len(queries), dtype=torch.float32)
+    queries, alike = queries.contiguous(), alike.contiguous()
+    images, count, columns = queries.shape
     places = banks[0].numel() // COLUMNS
+    assert columns == COLUMNS
+    assert fits(count)
+    assert fits(places)
+    least = torch.empty(images, count)
     library().least_products(
-        *(queries.data_ptr(), len(queries), _pointers(banks), len(banks), places, least.data_ptr())
+        *(queries.data_ptr(), images, count, banks.data_ptr(), alike.data_ptr(), alike.shape[1]),
+        *(places, least.data_ptr(), torch.get_num_threads()),
     )
     return least
 
@@ -242,12 +247,12 @@ def greatest_means(values: Tensor, count: int) -> Tensor:
     return out
 
 
-def suits(values: Tensor) -> bool:
-    """Whether the loops can take values: on the CPU, float32, without gradients, and not in a trace.
+def suits(values: Tensor, dtype: torch.dtype = torch.float32) -> bool:
+    """Whether the loops can take values: on the CPU, without gradients, and not in a trace.
 
     A trace would take down what they gave as if it were always so.
     """
-    here = values.device.type == "cpu" and values.dtype == torch.float32
+    here = values.device.type == "cpu" and values.dtype == dtype
     jit: Any = torch.jit
     wanted = torch.is_grad_enabled() and values.requires_grad
     return here and not wanted and not jit.is_tracing() and library() is not None
@@ -271,6 +276,32 @@ def band_energies(x: Tensor, recon: Tensor) -> Tensor:
     out = x.new_empty(len(x), 2, 4, 2)
     library().band_energies(
         *(own.data_ptr(), other.data_ptr(), len(x), x.shape[-1], out.data_ptr()),
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def mixes(maps: Tensor, mix: Tensor) -> bool:
+    """Whether `mixed` takes such maps (B, C, h, w) and such a `mix` (C, D)."""
+    fits = maps.shape[1] % LINE == 0 and maps.numel() // maps.shape[1] % TILE == 0
+    return fits and mix.shape[1] == DIMENSIONS and suits(maps, torch.bfloat16) and has_tiles()
+
+
+def packed_mix(mix: Tensor) -> Tensor:
+    """Weights (C, 64) as `mixed` takes them, each of two numbers in bfloat16."""
+    high = mix.bfloat16()
+    both = torch.stack([high, (mix - high.float()).bfloat16()])  # (2, C, 64)
+    pieces = both.view(2, -1, TILE, 2, DIMENSIONS // TILE, TILE)  # (2, C/32, 16, 2, 4, 16)
+    return pieces.permute(1, 4, 0, 2, 5, 3).contiguous()
+
+
+def mixed(maps: Tensor, packed: Tensor) -> Tensor:
+    """Maps (B, C, h, w) in bfloat16 times a `packed_mix`, (B, h, w, 64), to 16 bits."""
+    rows = maps.permute(0, 2, 3, 1).contiguous()
+    count, width = rows.numel() // rows.shape[3], rows.shape[3]
+    out = torch.empty(*rows.shape[:3], DIMENSIONS)
+    library().mix(
+        *(rows.data_ptr(), count, width, packed.data_ptr(), out.data_ptr()),
         torch.get_num_threads(),
     )
     return out

@@ -198,10 +198,7 @@ class StructureMap:
         if device.type != "cpu" and low_pays(device):
             return _least_products(_low(queries, queries=True), self.low, alike)
         if native.suits(queries) and native.has_tiles() and native.fits(queries.shape[1]):
-            asked = _low(queries, queries=True)
-            banks = ([self.tiles[i] for i in a.tolist()] for a in alike)
-            rows = [native.least_products(q, b) for q, b in zip(asked, banks, strict=True)]
-            return torch.stack(rows)
+            return native.least_products(_low(queries, queries=True), self.tiles, alike)
         if self.places.shape[1] >= MANY and low_pays(device):
             asked = _low(queries, queries=True)
             # One image of the bank after the other as it lies there: copied together they would
