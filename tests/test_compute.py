@@ -79,7 +79,7 @@ def test_an_error_reaches_the_caller():
 def test_larger_images_come_fewer_at_a_time(side, count):
     """As many as hold the pixels of 64 images of 64 px, and at least one."""
     assert batch_of(side, CPU) == count
-    assert scanned(side, CPU) == min(count, 32)
+    assert scanned(side, CPU) == min(count, 48)
     assert scanned(side, torch.device("cuda")) == batch_of(side, torch.device("cuda")) >= count
 
 
