@@ -22,7 +22,7 @@ from msvae.quiet import quiet
 
 LAST = torch.channels_last
 needs_loops = pytest.mark.skipif(
-    native.library() is None, reason="no compiled loops: no compiler, or another processor"
+    native.loops() is None, reason="no compiled loops: no compiler, or another processor"
 )
 needs_tiles = pytest.mark.skipif(not native.has_tiles(), reason="the processor has no AMX")
 
@@ -89,7 +89,7 @@ def test_a_stage_joins_norm_and_silu_only_where_it_trains_in_bfloat16(monkeypatc
     told = stage(x)
     assert len(calls) == 1
     stage[0].reset_running_stats()
-    monkeypatch.setattr(native, "library", lambda: None)
+    monkeypatch.setattr(native, "loops", lambda: None)
     close(told, stage(x).double(), 0.01)
     monkeypatch.undo()
     monkeypatch.setattr(native, "norm_silu", lambda *a: pytest.fail("joined"))
@@ -375,46 +375,40 @@ def test_without_the_loops_a_model_says_the_same(monkeypatch):
     assert torch.allclose(found.recon, expected.recon, atol=2e-5)
 
 
-def test_on_another_processor_there_are_no_loops(monkeypatch):
+@pytest.fixture
+def looked_for_anew(monkeypatch):
+    """The loops are looked for as the test would have it, and after it once more."""
+    for found in (native.loops, native.has_tiles):
+        found.cache_clear()
+    yield
+    monkeypatch.undo()
+    for found in (native.loops, native.has_tiles):
+        found.cache_clear()
+
+
+def test_on_another_processor_there_are_no_loops(monkeypatch, looked_for_anew):
     """What runs then is torch alone."""
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True})
-    native.library.cache_clear()
-    native.has_tiles.cache_clear()
-    try:
-        assert native.library() is None
-        assert not native.has_tiles()
-        assert not native.suits(torch.zeros(1))
-        assert not AdamW([nn.Linear(2, 2)], 0.1, 0.0, low=True).lowered
-    finally:
-        monkeypatch.undo()
-        native.library.cache_clear()
-        native.has_tiles.cache_clear()
+    assert native.loops() is None
+    assert not native.has_tiles()
+    assert not native.suits(torch.zeros(1))
+    assert not AdamW([nn.Linear(2, 2)], 0.1, 0.0, low=True).lowered
 
 
-def test_a_library_that_cannot_be_loaded_is_done_without(monkeypatch, tmp_path):
+def test_a_library_that_cannot_be_loaded_is_done_without(monkeypatch, tmp_path, looked_for_anew):
     """A broken file, or one of another system, stops nobody."""
     everything = dict.fromkeys(native.NEEDED, True)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: everything)
     monkeypatch.setattr(native, "LIBRARY", tmp_path / "kernels.so")
     (tmp_path / "kernels.so").write_bytes(b"not a library")
-    native.library.cache_clear()
-    try:
-        assert native.library() is None
-    finally:
-        monkeypatch.undo()
-        native.library.cache_clear()
+    assert native.loops() is None
 
 
 @needs_loops
-def test_a_library_of_older_sources_is_done_without(monkeypatch):
+def test_a_library_of_older_sources_is_done_without(monkeypatch, looked_for_anew):
     """Called with other arguments it would write where it should not."""
     monkeypatch.setattr(native, "VERSION", native.VERSION + 1)
-    native.library.cache_clear()
-    try:
-        assert native.library() is None
-    finally:
-        monkeypatch.undo()
-        native.library.cache_clear()
+    assert native.loops() is None
 
 
 def hook(monkeypatch):
@@ -441,7 +435,7 @@ def test_the_build_makes_the_library_or_says_why_not(monkeypatch, tmp_path):
         assert reason in build._compiled(source, built)
         assert not list(tmp_path.iterdir())
     monkeypatch.delenv("CC")
-    if native.library() is None or shutil.which("cc") is None:
+    if native.loops() is None or shutil.which("cc") is None:
         pytest.skip("no C compiler, or another processor")
     assert build._compiled(source, built) == ""
     assert ctypes.CDLL(str(built)).version() == native.VERSION

@@ -26,7 +26,7 @@ class AdamW(torch.optim.AdamW):
         parameters = [p for module in modules for p in module.parameters()]
         super().__init__(parameters, lr=rate, weight_decay=weight_decay, fused=True)
         parts = [m for module in modules for m in module.modules() if isinstance(m, Lowered)]
-        self.lowered = parts if low and native.library() is not None else []
+        self.lowered = parts if low and native.loops() is not None else []
         self.clip = 1.0  # what the copies' gradients are multiplied by
         self._lower()
 

@@ -152,7 +152,7 @@ class Stage(nn.Sequential):
 
 def _joins(norm: nn.Module, h: Tensor) -> bool:
     """Whether a layer is a batch norm that can be computed with its SiLU, of maps h."""
-    if not isinstance(norm, nn.BatchNorm2d) or native.library() is None:
+    if not isinstance(norm, nn.BatchNorm2d) or native.loops() is None:
         return False
     fits = norm.num_features % native.LINE == 0 and norm.weight.dtype == torch.float32
     learns = norm.training and norm.momentum is not None and torch.is_grad_enabled()

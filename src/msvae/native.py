@@ -42,7 +42,7 @@ ARGUMENTS = {
 
 
 @lru_cache(maxsize=1)
-def library() -> Any:
+def loops() -> Any:
     """The loops, or `None`."""
     told = torch.cpu.get_capabilities()
     if not all(told.get(name) for name in NEEDED) or not LIBRARY.is_file():
@@ -62,7 +62,7 @@ def library() -> Any:
 @lru_cache(maxsize=1)
 def has_tiles() -> bool:
     """Whether the loops may use the processor's tiles (AMX)."""
-    found = library()
+    found = loops()
     told = torch.cpu.get_capabilities()
     return found is not None and bool(told.get("amx_bf16")) and bool(found.may_use_tiles())
 
@@ -82,7 +82,7 @@ def norm_silu(
     width, threads = x.shape[1], torch.get_num_threads()
     out, told, work = torch.empty_like(x), torch.empty(6, width), _room(threads, width)
     vectors = (t.data_ptr() for t in (*affine, *running))
-    library().norm_silu(
+    loops().norm_silu(
         *(x.data_ptr(), x.numel() // width, width, *vectors, momentum, epsilon),
         *(out.data_ptr(), told.data_ptr(), work.data_ptr(), threads),
     )
@@ -96,7 +96,7 @@ def norm_silu_gradient(x: Tensor, above: Tensor, told: Tensor) -> tuple[Tensor, 
     """
     width, threads = x.shape[1], torch.get_num_threads()
     below, both, work = torch.empty_like(x), torch.empty(2, width), _room(threads, width)
-    library().norm_silu_gradient(
+    loops().norm_silu_gradient(
         *(x.data_ptr(), above.data_ptr(), x.numel() // width, width, told.data_ptr()),
         *(below.data_ptr(), both.data_ptr(), work.data_ptr(), threads),
     )
@@ -117,14 +117,14 @@ def painted_error(colours: Tensor, x: Tensor) -> Tensor:
     threads = torch.get_num_threads()
     sums = torch.empty(threads, dtype=torch.double)
     given = (colours.data_ptr(), x.data_ptr(), b * high, wide, sums.data_ptr(), threads)
-    return torch.tensor(library().painted_error(*given) / x.numel())
+    return torch.tensor(loops().painted_error(*given) / x.numel())
 
 
 def painted_error_gradient(colours: Tensor, x: Tensor, scale: float) -> Tensor:
     """Its gradient (B, 12, h, w) times the scale."""
     b, _, high, wide = colours.shape
     out = torch.empty_like(colours)
-    library().painted_error_gradient(
+    loops().painted_error_gradient(
         *(colours.data_ptr(), x.data_ptr(), b * high, wide, scale / x.numel()),
         *(out.data_ptr(), torch.get_num_threads()),
     )
@@ -147,11 +147,11 @@ class Weights:
         threads = torch.get_num_threads()
         moved = _pointers([t for each in self.moved for t in each])
         given = (moved, _pointers(gradients), self.counts, self.number, told, threads)
-        library().adamw(*given)
+        loops().adamw(*given)
 
     def square_sum(self, gradients: Sequence[Tensor]) -> float:
         """Σ g² of all gradients."""
-        return float(library().square_sum(_pointers(gradients), self.counts, self.number))
+        return float(loops().square_sum(_pointers(gradients), self.counts, self.number))
 
 
 def _pointers(tensors: Sequence[Tensor]) -> Any:
@@ -182,7 +182,7 @@ def least_products(queries: Tensor, banks: Tensor, alike: Tensor) -> Tensor:
     assert fits(count)
     assert fits(places)
     least = torch.empty(images, count)
-    library().least_products(
+    loops().least_products(
         *(queries.data_ptr(), images, count, banks.data_ptr(), alike.data_ptr(), alike.shape[1]),
         *(places, least.data_ptr(), torch.get_num_threads()),
     )
@@ -199,7 +199,7 @@ def local_means(x: Tensor, window: Tensor, *bands_and_grid: Tensor) -> Tensor:
     kernels = torch.cat([window, *bands])
     radii = torch.tensor([len(kernel) // 2 for kernel in (window, *bands)])
     out = torch.empty(len(x), 13, len(at), len(at))
-    library().local_means(
+    loops().local_means(
         *(pixels.data_ptr(), len(x), x.shape[-1], kernels.data_ptr(), radii.data_ptr()),
         *(at.data_ptr(), len(at), out.data_ptr(), torch.get_num_threads()),
     )
@@ -219,7 +219,7 @@ def place_distances(vectors: Tensor, mean: Tensor, triangles: Tensor) -> Tensor:
     assert vectors.shape[1:] == mean.shape
     assert len(triangles) == len(mean)
     out = vectors.new_empty(vectors.shape[:2])
-    library().place_distances(
+    loops().place_distances(
         *(vectors.data_ptr(), *vectors.shape[:2], mean.data_ptr(), triangles.data_ptr()),
         *(out.data_ptr(), torch.get_num_threads()),
     )
@@ -230,7 +230,7 @@ def blur(planes: Tensor, kernel: Tensor) -> Tensor:
     """Planes (B, S, S) blurred by a kernel (2 r + 1,) in both directions, mirrored at the edges."""
     planes = planes.contiguous()
     out, side, threads = torch.empty_like(planes), planes.shape[-1], torch.get_num_threads()
-    library().blur_planes(
+    loops().blur_planes(
         *(planes.data_ptr(), planes.numel() // side**2, side, kernel.data_ptr(), len(kernel) // 2),
         *(out.data_ptr(), threads),
     )
@@ -241,7 +241,7 @@ def greatest_means(values: Tensor, count: int) -> Tensor:
     """The mean of the `count` greatest of each row of values (B, N), (B,)."""
     values = values.contiguous()
     out = values.new_empty(len(values))
-    library().greatest_means(
+    loops().greatest_means(
         *(values.data_ptr(), *values.shape, count, out.data_ptr(), torch.get_num_threads())
     )
     return out
@@ -255,7 +255,7 @@ def suits(values: Tensor, dtype: torch.dtype = torch.float32) -> bool:
     here = values.device.type == "cpu" and values.dtype == dtype
     jit: Any = torch.jit
     wanted = torch.is_grad_enabled() and values.requires_grad
-    return here and not wanted and not jit.is_tracing() and library() is not None
+    return here and not wanted and not jit.is_tracing() and loops() is not None
 
 
 def squared_error(x: Tensor, recon: Tensor) -> Tensor:
@@ -263,7 +263,7 @@ def squared_error(x: Tensor, recon: Tensor) -> Tensor:
     assert x.shape == recon.shape
     own, other = (t.permute(0, 2, 3, 1).contiguous() for t in (x, recon))
     out = own.new_empty(own.shape[:3])
-    library().squared_error(
+    loops().squared_error(
         *(own.data_ptr(), other.data_ptr(), out.numel(), out.data_ptr(), torch.get_num_threads())
     )
     return out
@@ -274,7 +274,7 @@ def band_energies(x: Tensor, recon: Tensor) -> Tensor:
     assert x.shape == recon.shape
     own, other = (t.permute(0, 2, 3, 1).contiguous() for t in (x, recon))
     out = x.new_empty(len(x), 2, 4, 2)
-    library().band_energies(
+    loops().band_energies(
         *(own.data_ptr(), other.data_ptr(), len(x), x.shape[-1], out.data_ptr()),
         torch.get_num_threads(),
     )
@@ -300,7 +300,7 @@ def mixed(maps: Tensor, packed: Tensor) -> Tensor:
     rows = maps.permute(0, 2, 3, 1).contiguous()
     count, width = rows.numel() // rows.shape[3], rows.shape[3]
     out = torch.empty(*rows.shape[:3], DIMENSIONS)
-    library().mix(
+    loops().mix(
         *(rows.data_ptr(), count, width, packed.data_ptr(), out.data_ptr()),
         torch.get_num_threads(),
     )
@@ -337,7 +337,7 @@ class Painter:
         b, _, high, wide = maps.shape
         laid_out = maps.permute(0, 2, 3, 1).contiguous()
         out = torch.empty(b, 2 * high, 2 * wide, 3)
-        library().to_pixels(
+        loops().to_pixels(
             *(laid_out.data_ptr(), b, high, wide, self.weights.data_ptr(), self.bias.data_ptr()),
             *(out.data_ptr(), torch.get_num_threads()),
         )
