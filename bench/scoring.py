@@ -17,9 +17,7 @@ from msvae.data.images import load_image
 from msvae.detector import Detector
 
 ROUNDS = 5
-WARMING = (
-    6  # rounds after which all shapes of batches are graphs, of which each takes 0.2 s to make
-)
+WARMING = 6  # rounds, after which all shapes of batches are graphs; each takes 0.2 s to make
 WARM = 30  # single images a round
 STARTS = 7
 HELP_ALLOWANCE = 0.15  # seconds beyond an empty interpreter

@@ -189,15 +189,13 @@ def least_products(queries: Tensor, banks: Tensor, alike: Tensor) -> Tensor:
     return least
 
 
-def local_means(x: Tensor, window: Tensor, *bands_and_grid: Tensor) -> Tensor:
+def local_means(x: Tensor, kernels: Tensor, radii: Tensor, at: Tensor) -> Tensor:
     """Local means (B, 13, g, g) of images (B, 3, S, S), as `structure` wants them.
 
-    Given are the kernels of the window and of three bands, then the places (g,) of the grid.
+    Given are the kernels of the window and of three bands, one after the other, their radii (4,),
+    and the places (g,) of the grid.
     """
-    *bands, at = bands_and_grid
     pixels = x.detach().permute(0, 2, 3, 1).float().contiguous()
-    kernels = torch.cat([window, *bands])
-    radii = torch.tensor([len(kernel) // 2 for kernel in (window, *bands)])
     out = torch.empty(len(x), 13, len(at), len(at))
     loops().local_means(
         *(pixels.data_ptr(), len(x), x.shape[-1], kernels.data_ptr(), radii.data_ptr()),
@@ -287,10 +285,15 @@ def mixes(maps: Tensor, mix: Tensor) -> bool:
     return fits and mix.shape[1] == DIMENSIONS and suits(maps, torch.bfloat16) and has_tiles()
 
 
+def halves(values: Tensor) -> tuple[Tensor, Tensor]:
+    """The nearest numbers in bfloat16, and what they leave over."""
+    high = values.bfloat16()
+    return high, (values - high.float()).bfloat16()
+
+
 def packed_mix(mix: Tensor) -> Tensor:
     """Weights (C, 64) as `mixed` takes them, each of two numbers in bfloat16."""
-    high = mix.bfloat16()
-    both = torch.stack([high, (mix - high.float()).bfloat16()])  # (2, C, 64)
+    both = torch.stack(halves(mix))  # (2, C, 64)
     pieces = both.view(2, -1, TILE, 2, DIMENSIONS // TILE, TILE)  # (2, C/32, 16, 2, 4, 16)
     return pieces.permute(1, 4, 0, 2, 5, 3).contiguous()
 
@@ -322,8 +325,7 @@ class Painter:
             self.bias[:12] = conv.bias.detach().float()[order]
         taps = weight.new_zeros(9, LINE, TILE)
         taps[:, :, :12] = weight.flatten(2).permute(2, 1, 0)
-        high = taps.bfloat16()
-        both = torch.stack([high, (taps - high.float()).bfloat16()], dim=1)
+        both = torch.stack(halves(taps), dim=1)
         self.weights = both.unflatten(2, (-1, 2)).transpose(3, 4).contiguous()
 
     @staticmethod

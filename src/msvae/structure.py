@@ -104,15 +104,16 @@ def _local_means(x: Tensor) -> Tensor:
 
 def _native_means(x: Tensor) -> Tensor:
     """The same by the compiled loops."""
-    side = x.shape[-1]
-    return native.local_means(x, *_kernels(side), _grid(side))
+    return native.local_means(x, *_blurs(x.shape[-1]))
 
 
 @lru_cache(maxsize=8)
-def _kernels(side: int) -> tuple[Tensor, ...]:
-    """The kernels of the window and of the bands."""
+def _blurs(side: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The kernels of the window and of the bands, their radii, the places of the grid."""
     sigmas = [_window(side), *[_band(side, k) for k in range(BANDS)]]
-    return tuple(gaussian(side, sigma) for sigma in sigmas)
+    kernels = [gaussian(side, sigma) for sigma in sigmas]
+    radii = torch.tensor([len(kernel) // 2 for kernel in kernels])
+    return torch.cat(kernels), radii, _grid(side)
 
 
 def _bands(luma: Tensor, side: int) -> list[Tensor]:
@@ -236,8 +237,7 @@ def _low(places: Tensor, queries: bool) -> Tensor:
     bfloat16 leaves over of q and b, and each square is a sum of three. The products are added up in
     float32, so that only the distance itself is rounded, by 0.2 %.
     """
-    high = places.bfloat16()
-    rest = (places - high.float()).bfloat16()
+    high, rest = native.halves(places)
     square = _parts(places.square().sum(dim=-1))
     one = torch.ones_like(square)
     if queries:
