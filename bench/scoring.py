@@ -100,7 +100,7 @@ def _one_image(material: Material, detector: Detector, side: int) -> Row:
     """
     path = material.photographs[0]
     x = to_batch(load_image(path, side)[None].copy(), detector.device)
-    model = detector.model.frozen(compute_type(detector.config.train, detector.device))
+    model = detector.model.frozen(compute_type(detector.config.train, detector.device), tiles=False)
     model.graphs = None
 
     @torch.inference_mode()

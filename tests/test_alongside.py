@@ -146,7 +146,7 @@ def test_the_pace_is_that_of_what_the_maps_hold(side):
             network.eval()(torch.zeros(1, 3, side, side))
         return sum(sizes)
 
-    ratio = values(VAE(config)) / values(Companion())
+    ratio = values(VAE(config)) / values(Companion(64))
     assert pace(config) == pytest.approx(ratio**0.78, rel=0.1)
 
 

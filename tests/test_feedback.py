@@ -107,7 +107,7 @@ def test_fit_learns_from_examples_and_still_keeps_its_rate():
     """Tinted images are found better; p-values are those of the taught score."""
     plain = fit(coarse(300, 0), config=CONFIG)
     taught = fit(coarse(300, 0), config=CONFIG, feedback=Examples((), tinted(100, 1)))
-    labels, images = np.repeat([0, 1], 60), [*coarse(60, 2), *tinted(60, 3)]
+    labels, images = np.repeat([0, 1], 200), [*coarse(200, 2), *tinted(200, 3)]
     before, after = (auroc(labels, d.score(images).scores["fused"]) for d in (plain, taught))
     assert after > before + 0.05
     assert taught.score(coarse(60, 2)).flagged.mean() < 0.4

@@ -201,7 +201,7 @@ def test_the_companion_sees_means_over_areas(side, layout):
     """Of whole blocks of pixels and of parts of them; a small image as it is."""
     x = torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(0))
     small = min(side, Companion.SIDE)
-    got = Companion().reduced(x.contiguous(memory_format=layout)).numpy()
+    got = Companion(64).reduced(x.contiguous(memory_format=layout)).numpy()
     edges = [(i * side // small, -(-(i + 1) * side // small)) for i in range(small)]
     for (i, (top, bottom)), (j, (left, right)) in product(enumerate(edges), repeat=2):
         wanted = x.numpy()[:, :, top:bottom, left:right].astype(float).mean(axis=(2, 3))
@@ -255,7 +255,7 @@ def test_packed_convolutions_compute_what_they_were_made_of(dtype, batch_norm, m
     if not can_pack(torch.device("cpu")):
         pytest.skip("this torch has no oneDNN")
     model, x = built(image_size=32, batch_norm=batch_norm), images(3, 32)
-    packed = model.frozen(dtype)
+    packed = model.frozen(dtype, tiles=False)
     monkeypatch.setattr("msvae.model.can_pack", lambda device: False)
     plain = model.frozen(dtype)
     count = {m: sum(isinstance(p, Packed) for p in m.modules()) for m in (packed, plain)}

@@ -14,10 +14,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from msvae import lowered, maps, native, scores, structure
-from msvae.config import Config
 from msvae.descent import AdamW, descend
 from msvae.evidence import Evidence
-from msvae.model import VAE
 from msvae.quiet import quiet
 
 LAST = torch.channels_last
@@ -293,14 +291,34 @@ def test_band_energies_and_errors_are_those_of_torch(side, threads, monkeypatch)
 
 
 @needs_tiles
-@pytest.mark.parametrize("channels", [32, 64, 224])
-def test_mixed_channels_are_those_of_float32(channels, threads):
-    """Weights keep 16 bits, the maps are bfloat16 already."""
-    x, mix = low(3, channels, 8, 6), torch.randn(channels, 64)
-    assert native.mixes(x, mix)
-    close(
-        native.mixed(x, native.packed_mix(mix)), x.permute(0, 2, 3, 1).double() @ mix.double(), 1e-5
+@pytest.mark.parametrize("sides", [(32, 16, 8), (16, 16, 4), (48, 24, 12)])
+def test_local_vectors_are_those_of_float32(sides, threads):
+    """Weights keep 16 bits, the maps are bfloat16 already; what is averaged is rounded to it again."""
+    widths, grid = (32, 64, 224), sides[1]
+    features = tuple(low(3, c, s, s) for c, s in zip(widths, sides, strict=True))
+    mix = torch.randn(sum(widths), 64)
+    assert native.mixes(features, mix, grid)
+    nothing = torch.zeros(3, 0)
+    x = torch.zeros(3, 3, 4 * grid, 4 * grid)
+    e = Evidence(x, x, nothing, nothing, features, nothing, nothing, nothing)
+    found = maps.SpatialMap.local(e, mix)
+    averaged = tuple(
+        F.avg_pool2d(f.double(), 2).bfloat16() if f.shape[-1] > grid else f for f in features
     )
+    exact = e._replace(features=tuple(f.double() for f in averaged))
+    close(found, maps.SpatialMap.local(exact, mix.double()), 1e-5)
+
+
+@needs_tiles
+def test_other_maps_are_mixed_by_torch():
+    """Of other channels, of sides without whole tiles or whole squares, or of too many dimensions."""
+    mix, fine = torch.randn(96, 64), (low(1, 32, 16, 16), low(1, 64, 8, 8))
+    assert native.mixes(fine, mix, 8)
+    assert not native.mixes(fine, mix, 12)
+    assert not native.mixes((low(1, 32, 12, 12), fine[1]), mix, 6)
+    assert not native.mixes((low(1, 48, 16, 16), fine[1]), mix, 8)
+    assert not native.mixes((fine[0].float(), fine[1]), mix, 8)
+    assert not native.mixes(fine, mix[:, :32], 8)
 
 
 @needs_loops
@@ -318,29 +336,6 @@ def test_the_error_of_what_is_painted_is_that_of_torch(side, threads):
         (3 * found).backward()
         assert float(found.detach()) == pytest.approx(float(expected.detach()), rel=1e-6)
         close(colours.grad, exact.grad, 0.004)
-
-
-@needs_tiles
-@pytest.mark.parametrize("side", [(16, 16), (5, 48), (7, 80)])
-def test_pixels_are_those_of_the_float32_convolution(side, threads):
-    """Edges and widths of one to five tiles."""
-    conv = nn.Conv2d(32, 12, 3, padding=1)
-    x = low(3, 32, *side)
-    with torch.no_grad():
-        exact = F.pixel_shuffle(conv.double()(x.double()), 2).sigmoid()
-        found = native.Painter(conv.float())(x)
-    assert (found.double() - exact).abs().max() < 2e-5
-
-
-@needs_tiles
-def test_tiles_are_left_as_they_were_found():
-    """oneDNN's products in bfloat16 use them too, before and after."""
-    a, b = low(64, 96, 1, 1).flatten(1), low(64, 96, 1, 1).flatten(1)
-    painter, x = native.Painter(nn.Conv2d(32, 12, 3, padding=1)), low(1, 32, 16, 16)
-    before = a @ b.T
-    for _ in range(3):
-        painter(x)
-        assert torch.equal(a @ b.T, before)
 
 
 @needs_loops
@@ -363,16 +358,22 @@ def test_nothing_native_gets_into_a_trace_or_a_gradient():
 
 
 @needs_loops
-def test_without_the_loops_a_model_says_the_same(monkeypatch):
-    """Reconstructions to 2e-5."""
-    model = VAE(Config().replace(image_size=64).model)
-    x = torch.rand(2, 3, 64, 64).contiguous(memory_format=LAST)
-    with torch.inference_mode():
-        found = model.frozen(torch.bfloat16).evidence(x)
-        monkeypatch.setattr(native, "has_tiles", lambda: False)
-        expected = model.frozen(torch.bfloat16).evidence(x)
-    assert torch.equal(found.mu, expected.mu)
-    assert torch.allclose(found.recon, expected.recon, atol=2e-5)
+@pytest.mark.parametrize(("small", "side"), [(8, 32), (16, 64), (7, 7), (5, 23), (17, 100), (1, 9)])
+def test_planes_are_enlarged_as_by_torch(small, side, threads):
+    planes = torch.randn(3, small, small)
+    expected = F.interpolate(
+        planes[:, None].double(), size=(side, side), mode="bilinear", align_corners=False
+    )
+    close(native.enlarged(planes, side), expected[:, 0], 1e-5)
+
+
+@needs_loops
+@pytest.mark.parametrize(("side", "small"), [(64, 32), (128, 32), (21, 7), (40, 8)])
+def test_images_are_reduced_to_means_of_squares(side, small, threads):
+    x = torch.rand(3, 3, side, side)
+    expected = F.avg_pool2d(x.double(), side // small)
+    for images in (x, x.contiguous(memory_format=LAST)):
+        close(native.reduced(images, small), expected, 1e-6)
 
 
 @pytest.fixture

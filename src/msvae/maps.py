@@ -98,6 +98,8 @@ def blurring(n: int, sigma: float, device: torch.device) -> Tensor:
 
 def enlarge(maps: Tensor, side: int) -> Tensor:
     """Maps (B, h, w) at S x S pixels, bilinear."""
+    if maps.shape[1] == maps.shape[2] <= side and native.suits(maps):
+        return native.enlarged(maps, side)
     size = (side, side)
     return F.interpolate(maps[:, None], size=size, mode="bilinear", align_corners=False)[:, 0]
 
@@ -264,12 +266,12 @@ class SpatialMap:
         are both linear: what comes first changes nothing, and so it is what makes less of them.
         """
         side, found, parts = max(e.x.shape[-1] // 4, 2), e.features[:3], []
-        for f, (part, packed) in zip(found, _split(mix, *(f.shape[1] for f in found)), strict=True):
+        widths = [f.shape[1] for f in found]
+        if native.mixes(found, mix, side):
+            return native.local_vectors(found, _packed(mix, *widths), side)
+        for f, part in zip(found, mix.split(widths), strict=True):
             small = F.adaptive_avg_pool2d(f, side) if f.shape[-1] > side else f
-            if packed is not None and native.mixes(small, part):
-                mixed = native.mixed(small, packed)
-            else:
-                mixed = small.permute(0, 2, 3, 1).to(mix.dtype) @ part
+            mixed = small.permute(0, 2, 3, 1).to(mix.dtype) @ part
             if mixed.shape[1] < side:
                 mixed = _wide(mixed, side)
             parts.append(mixed)
@@ -310,12 +312,9 @@ class SpatialMap:
 
 @lru_cache(maxsize=4)
 @torch.inference_mode(mode=False)
-def _split(mix: Tensor, *widths: int) -> list[tuple[Tensor, Tensor | None]]:
-    """The parts (C, D) of a mix for maps of so many channels; packed too, where the loops take them."""
-    parts = mix.split(widths)
-    fit = mix.device.type == "cpu" and mix.shape[1] == native.DIMENSIONS and native.has_tiles()
-    pack = [native.packed_mix(p) if fit and len(p) % native.LINE == 0 else None for p in parts]
-    return list(zip(parts, pack, strict=True))
+def _packed(mix: Tensor, *widths: int) -> list[Tensor]:
+    """The parts (C, D) of a mix for maps of so many channels, as the compiled loops take them."""
+    return [native.packed_mix(part) for part in mix.split(widths)]
 
 
 def _wide(vectors: Tensor, side: int) -> Tensor:

@@ -13,12 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-VERSION = 2  # of the functions' arguments, as in kernels.c
+VERSION = 3  # of the functions' arguments, as in kernels.c
 LIBRARY = Path(__file__).with_name("kernels.so")
 NEEDED = ("avx512_f", "avx512_bw", "avx512_vl", "avx512_dq", "avx512_bf16")
 LINE = 32  # the channels of maps are a multiple of it
-TILE = 16  # rows of a tile: the places in `least_products` are a multiple of four of them
-COLUMNS = 64  # of a place there
+TILE = 16  # rows of a tile
 DIMENSIONS = 64  # of vectors in `place_distances`
 
 POINTER, COUNT, REAL, FEW = ctypes.c_void_p, ctypes.c_long, ctypes.c_double, ctypes.c_int
@@ -33,11 +32,20 @@ ARGUMENTS = {
     "place_distances": [POINTER, COUNT, COUNT, *[POINTER] * 3, FEW],
     "squared_error": [POINTER, POINTER, COUNT, POINTER, FEW],
     "blur_planes": [POINTER, COUNT, COUNT, POINTER, COUNT, POINTER, FEW],
+    "mean_squares": [POINTER, POINTER, COUNT, COUNT, POINTER, FEW],
+    "reduce_images": [POINTER, COUNT, COUNT, COUNT, POINTER, FEW],
+    "enlarge_planes": [POINTER, COUNT, COUNT, COUNT, POINTER, FEW],
     "greatest_means": [POINTER, COUNT, COUNT, COUNT, POINTER, FEW],
     "band_energies": [POINTER, POINTER, COUNT, COUNT, POINTER, FEW],
-    "to_pixels": [POINTER, COUNT, COUNT, COUNT, *[POINTER] * 3, FEW],
-    "mix": [POINTER, COUNT, COUNT, POINTER, POINTER, FEW],
-    "least_products": [POINTER, COUNT, COUNT, *[POINTER] * 2, FEW, COUNT, POINTER, FEW],
+    "local_vectors": [*[POINTER] * 4, FEW, COUNT, COUNT, POINTER, FEW],
+    "linear": [POINTER, COUNT, COUNT, POINTER, COUNT, FEW, POINTER, FEW],
+    "run_layers": [
+        *(POINTER, FEW, POINTER, POINTER, COUNT, COUNT, COUNT),
+        *(POINTER, POINTER, POINTER, COUNT, COUNT, FEW),
+    ],
+    "least_distances": [
+        *(POINTER, COUNT, COUNT, COUNT, POINTER, POINTER, FEW, COUNT, POINTER, FEW),
+    ],
 }
 
 
@@ -145,48 +153,69 @@ class Weights:
         """One step of AdamW down gradients alike in memory; the `factors` (7) are those of kernels.c."""
         told = (ctypes.c_float * len(factors))(*factors)
         threads = torch.get_num_threads()
-        moved = _pointers([t for each in self.moved for t in each])
-        given = (moved, _pointers(gradients), self.counts, self.number, told, threads)
+        moved = pointers([t for each in self.moved for t in each])
+        given = (moved, pointers(gradients), self.counts, self.number, told, threads)
         loops().adamw(*given)
 
     def square_sum(self, gradients: Sequence[Tensor]) -> float:
         """Σ g² of all gradients."""
-        return float(loops().square_sum(_pointers(gradients), self.counts, self.number))
+        return float(loops().square_sum(pointers(gradients), self.counts, self.number))
 
 
-def _pointers(tensors: Sequence[Tensor]) -> Any:
+def pointers(tensors: Sequence[Tensor]) -> Any:
+    """Where tensors begin, for the loops."""
     return (POINTER * len(tensors))(*[t.data_ptr() for t in tensors])
 
 
-def fits(places: int) -> bool:
-    """Whether `least_products` takes images of so many places."""
-    return places % (4 * TILE) == 0
+def fits(dims: int, places: int) -> bool:
+    """Whether `least_distances` takes images of so many places, of so many numbers each."""
+    return places % (2 * TILE) == 0 and 0 <= _room_for(dims) <= dims and has_tiles()
 
 
-def packed(places: Tensor) -> Tensor:
-    """Places (..., L, 64) in bfloat16 as `least_products` takes them: in another order."""
-    groups = places.unflatten(-2, (-1, TILE)).unflatten(-1, (-1, 2))  # (..., L/16, 16, 32, 2)
-    return groups.transpose(-3, -2).contiguous()
+def _room_for(dims: int) -> int:
+    """Dimensions of which there are three columns of the 32 instead of two."""
+    return LINE - 3 - 2 * dims
 
 
-def least_products(queries: Tensor, banks: Tensor, alike: Tensor) -> Tensor:
-    """The least product of each of the queries (B, L, 64) with a place of the banks alike, (B, L).
+def packed_places(places: Tensor) -> Tensor:
+    """Places b (..., L, D) as columns (..., L, 32) in bfloat16, for `least_distances`.
 
-    All in bfloat16, the products in float32. The `packed` banks (M, L' / 16, 32, 16, 2) are of images,
-    of which `alike` (B, A) tells those that count.
+    |q - b|² = |q|² + (q, q', 1, q) · (-2 b, -2 b, n, -2 b'), with q' and b' what bfloat16 leaves over of
+    q and b. n, a sum of three, is such that a place is at no distance from itself. There is room for b'
+    of the last dimensions only: of the others b is rounded, which moves no distance by more than that.
+    """
+    high, rest = halves(places.float())
+    more = rest[..., places.shape[-1] - _room_for(places.shape[-1]) :]
+    own, left, kept = high.double(), rest.double(), more.double()
+    itself = ((own + left) * own).sum(dim=-1) + (own[..., -kept.shape[-1] :] * kept).sum(dim=-1)
+    told = parts(2 * itself - (own + left).square().sum(dim=-1))
+    return torch.cat([-2 * high.repeat_interleave(2, dim=-1), told, -2 * more], dim=-1).contiguous()
+
+
+def parts(values: Tensor) -> Tensor:
+    """Three numbers in bfloat16 whose sum each of the values (...) is, (..., 3)."""
+    found = []
+    for _ in range(3):
+        found.append(values.bfloat16())
+        values = values - found[-1].to(values.dtype)
+    return torch.stack(found, dim=-1)
+
+
+def least_distances(queries: Tensor, banks: Tensor, alike: Tensor) -> Tensor:
+    """The squared distance of each of the queries (B, D, L) to a place of the banks alike, (B, L).
+
+    The `packed_places` (M, L', 32) are of images, of which `alike` (B, A) tells those that count.
     """
     queries, alike = queries.contiguous(), alike.contiguous()
-    images, count, columns = queries.shape
-    places = banks[0].numel() // COLUMNS
-    assert columns == COLUMNS
-    assert fits(count)
-    assert fits(places)
-    least = torch.empty(images, count)
-    loops().least_products(
-        *(queries.data_ptr(), images, count, banks.data_ptr(), alike.data_ptr(), alike.shape[1]),
-        *(places, least.data_ptr(), torch.get_num_threads()),
+    images, dims, count = queries.shape
+    assert fits(dims, count)
+    assert fits(dims, banks.shape[1])
+    out = torch.empty(images, count)
+    loops().least_distances(
+        *(queries.data_ptr(), images, dims, count, banks.data_ptr(), alike.data_ptr()),
+        *(alike.shape[1], banks.shape[1], out.data_ptr(), torch.get_num_threads()),
     )
-    return least
+    return out
 
 
 def local_means(x: Tensor, kernels: Tensor, radii: Tensor, at: Tensor) -> Tensor:
@@ -235,6 +264,28 @@ def blur(planes: Tensor, kernel: Tensor) -> Tensor:
     return out
 
 
+def enlarged(planes: Tensor, side: int) -> Tensor:
+    """Planes (B, s, s) at S x S places, s no more than S, bilinear."""
+    planes = planes.contiguous()
+    out = planes.new_empty(len(planes), side, side)
+    loops().enlarge_planes(
+        *(planes.data_ptr(), len(planes), planes.shape[-1], side, out.data_ptr()),
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def reduced(x: Tensor, small: int) -> Tensor:
+    """Images (B, 3, S, S) at s x s places, the means of whole squares: s divides S."""
+    rows = x.permute(0, 2, 3, 1).contiguous()
+    out = rows.new_empty(len(rows), small, small, 3)
+    loops().reduce_images(
+        *(rows.data_ptr(), len(rows), rows.shape[1], small, out.data_ptr()),
+        torch.get_num_threads(),
+    )
+    return out.permute(0, 3, 1, 2)
+
+
 def greatest_means(values: Tensor, count: int) -> Tensor:
     """The mean of the `count` greatest of each row of values (B, N), (B,)."""
     values = values.contiguous()
@@ -267,6 +318,18 @@ def squared_error(x: Tensor, recon: Tensor) -> Tensor:
     return out
 
 
+def mean_squares(x: Tensor, recon: Tensor) -> Tensor:
+    """Mean of (x - x̂)², (B,)."""
+    assert x.shape == recon.shape
+    own, other = (t.permute(0, 2, 3, 1).contiguous() for t in (x, recon))
+    out = own.new_empty(len(own))
+    loops().mean_squares(
+        *(own.data_ptr(), other.data_ptr(), len(own), own[0].numel(), out.data_ptr()),
+        torch.get_num_threads(),
+    )
+    return out
+
+
 def band_energies(x: Tensor, recon: Tensor) -> Tensor:
     """Energies by Haar band, luma and colour, of x - x̂ and of x - 1/2, (B, 2, 4, 2)."""
     assert x.shape == recon.shape
@@ -279,12 +342,6 @@ def band_energies(x: Tensor, recon: Tensor) -> Tensor:
     return out
 
 
-def mixes(maps: Tensor, mix: Tensor) -> bool:
-    """Whether `mixed` takes such maps (B, C, h, w) and such a `mix` (C, D)."""
-    fits = maps.shape[1] % LINE == 0 and maps.numel() // maps.shape[1] % TILE == 0
-    return fits and mix.shape[1] == DIMENSIONS and suits(maps, torch.bfloat16) and has_tiles()
-
-
 def halves(values: Tensor) -> tuple[Tensor, Tensor]:
     """The nearest numbers in bfloat16, and what they leave over."""
     high = values.bfloat16()
@@ -292,55 +349,32 @@ def halves(values: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def packed_mix(mix: Tensor) -> Tensor:
-    """Weights (C, 64) as `mixed` takes them, each of two numbers in bfloat16."""
+    """Weights (C, 64) as `local_vectors` takes them, each of two numbers in bfloat16."""
     both = torch.stack(halves(mix))  # (2, C, 64)
     pieces = both.view(2, -1, TILE, 2, DIMENSIONS // TILE, TILE)  # (2, C/32, 16, 2, 4, 16)
     return pieces.permute(1, 4, 0, 2, 5, 3).contiguous()
 
 
-def mixed(maps: Tensor, packed: Tensor) -> Tensor:
-    """Maps (B, C, h, w) in bfloat16 times a `packed_mix`, (B, h, w, 64), to 16 bits."""
-    rows = maps.permute(0, 2, 3, 1).contiguous()
-    count, width = rows.numel() // rows.shape[3], rows.shape[3]
-    out = torch.empty(*rows.shape[:3], DIMENSIONS)
-    loops().mix(
-        *(rows.data_ptr(), count, width, packed.data_ptr(), out.data_ptr()),
-        torch.get_num_threads(),
+def mixes(maps: Sequence[Tensor], mix: Tensor, grid: int) -> bool:
+    """Whether `local_vectors` takes such maps (B, C, h, w) and such a `mix` (C, D)."""
+    sides = [f.shape[-1] for f in maps]
+    lines = all(f.shape[1] % LINE == 0 and suits(f, torch.bfloat16) for f in maps)
+    squares = all(side**2 % TILE == 0 for side in (*sides, grid))
+    finer = all(side % grid == 0 for side in sides if side > grid) and sides[0] >= grid
+    return lines and squares and finer and mix.shape[1] == DIMENSIONS and has_tiles()
+
+
+def local_vectors(maps: Sequence[Tensor], packed: Sequence[Tensor], grid: int) -> Tensor:
+    """The sum of maps (B, C, h, h) in bfloat16, each times its `packed_mix`, at g x g places.
+
+    (B, g², 64), to 16 bits: the average of finer maps, coarser ones enlarged (bilinear). The first is
+    not a coarser one.
+    """
+    rows = [f.permute(0, 2, 3, 1).contiguous() for f in maps]
+    sides, widths = ((COUNT * len(rows))(*[f.shape[k] for f in rows]) for k in (1, 3))
+    out = torch.empty(len(rows[0]), grid**2, DIMENSIONS)
+    loops().local_vectors(
+        *(pointers(rows), pointers(packed), sides, widths, len(rows), len(out), grid),
+        *(out.data_ptr(), torch.get_num_threads()),
     )
     return out
-
-
-class Painter:
-    """The last step of a decoder: a convolution of 3 x 3, pixel shuffle by two, sigmoid.
-
-    Of maps (B, 32, h, w) in bfloat16, w a multiple of 16; the weights keep 16 bits.
-    """
-
-    def __init__(self, conv: torch.nn.Conv2d) -> None:
-        # (colour, row, column of the 2 x 2 pixels) -> row, column, colour, with room for 16
-        order = torch.arange(12).view(3, 2, 2).permute(1, 2, 0).flatten()
-        weight = conv.weight.detach().float()[order]
-        self.bias = torch.zeros(TILE)
-        if conv.bias is not None:
-            self.bias[:12] = conv.bias.detach().float()[order]
-        taps = weight.new_zeros(9, LINE, TILE)
-        taps[:, :, :12] = weight.flatten(2).permute(2, 1, 0)
-        both = torch.stack(halves(taps), dim=1)
-        self.weights = both.unflatten(2, (-1, 2)).transpose(3, 4).contiguous()
-
-    @staticmethod
-    def suits(conv: torch.nn.Conv2d, side: int) -> bool:
-        """Whether there is such a step for maps of that side."""
-        fits = conv.weight.shape == (12, LINE, 3, 3) and conv.padding == (1, 1)
-        return fits and side % TILE == 0 and has_tiles()
-
-    def __call__(self, maps: Tensor) -> Tensor:
-        """Images (B, 3, 2 h, 2 w) in (0, 1), channels last in memory."""
-        b, _, high, wide = maps.shape
-        laid_out = maps.permute(0, 2, 3, 1).contiguous()
-        out = torch.empty(b, 2 * high, 2 * wide, 3)
-        loops().to_pixels(
-            *(laid_out.data_ptr(), b, high, wide, self.weights.data_ptr(), self.bias.data_ptr()),
-            *(out.data_ptr(), torch.get_num_threads()),
-        )
-        return out.permute(0, 3, 1, 2)
