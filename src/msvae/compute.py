@@ -3,14 +3,16 @@
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from itertools import islice, pairwise
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from msvae.config import TrainConfig
+from msvae.data.cache import decoders
 from msvae.data.images import Pixels
 from msvae.precision import low_pays
 
@@ -19,7 +21,7 @@ R = TypeVar("R")
 
 BATCH = 64  # images scored at a time, at most
 WORKERS = 4  # batches scored side by side, at most: Python itself runs on one core at a time
-WORK = 64 * 64**2  # pixels of such a batch: what the processor's caches hold is fastest
+WORK = 192 * 64**2  # pixels of such a batch: more takes memory, fewer read wide layers more often
 SCANNED = 48  # files scored at a time on a CPU, at most: 64 take 30 MB more, for 4 % (LOG.md)
 # Images and pixels of a batch on an NVIDIA or AMD GPU, which small ones leave idle.
 GPU_BATCH, GPU_WORK = 256, 64 * 256**2
@@ -77,6 +79,20 @@ def workers_on(device: torch.device) -> int:
     """
     most = {"cpu": WORKERS, "cuda": 2}.get(device.type, 1)
     return min(torch.get_num_threads(), most)
+
+
+@contextmanager
+def decoding(device: torch.device) -> Iterator[Callable[..., Iterator[Any]]]:
+    """A `map` for files: by a pool that decodes ahead, for a GPU or where a batch has several cores.
+
+    Else each thread that scores decodes its own images: more threads than cores would push each
+    other's maps out of the caches.
+    """
+    if device.type == "cpu" and torch.get_num_threads() <= workers_on(device):
+        yield map
+        return
+    with ThreadPoolExecutor(decoders(), "decoding") as pool:
+        yield pool.map
 
 
 def shares(count: int, most: int, workers: int) -> list[range]:

@@ -1,14 +1,14 @@
 """Model, scores, fusion and calibration, frozen: images -> ScoreTable.
 
-The one object that users hold. It chooses the device, decodes in the background while the model
-computes, and leaves printing and files to others.
+The one object that users hold. It chooses the device, shares decoding and computing out among the
+cores, and leaves printing and files to others.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -22,14 +22,14 @@ from msvae.calibration import Calibration, Decision, needed, rank
 from msvae.compute import (
     choose_device,
     compute_type,
+    decoding,
     in_parallel,
     scanned,
     shares,
     to_batch,
     workers_on,
 )
-from msvae.config import Config, from_dict
-from msvae.data.cache import decoders
+from msvae.config import Config, Resize, from_dict
 from msvae.data.images import Pixels, Source, load_image, name_of
 from msvae.errors import DataError, ImageError, RunError
 from msvae.explanation import Explanation
@@ -116,27 +116,26 @@ class Detector:
             rank(target_fpr, self.calibration.n)
         if not len(sources):
             raise DataError("no image was given: name at least one")
-        names: list[str] = []
-        refused: list[ImageError] = []
-        batches = self._decoded(sources, progress or Silent(), names, refused)
-        given = 0
+        c, count = self.config.model, len(sources)
+        reading = _Reading(sources, c.image_size, c.resize, progress or Silent())
+        shown = reading.names()
 
         def hand_out(maps: Maps) -> None:
-            nonlocal given
             for i in range(len(maps["fused"])):
                 if each_map is not None:
-                    each_map(names[given + i], {k: v[i] for k, v in maps.items()})
-            given += len(maps["fused"])
+                    each_map(next(shown), {k: v[i] for k, v in maps.items()})
 
-        each = None if each_map is None else hand_out
-        scores, maps = run(
-            self.scoring,
-            self.scorer,
-            batches,
-            with_maps=with_maps,
-            each=each,
-            count=len(sources),
-        )
+        chunks = shares(count, scanned(c.image_size, self.device), workers_on(self.device))
+        with decoding(self.device) as spread:
+            scores, maps = run(
+                self.scoring,
+                self.scorer,
+                (reading.begun(chunk, spread if count > 1 else map) for chunk in chunks),
+                with_maps=with_maps,
+                each=None if each_map is None else hand_out,
+                count=count,
+            )
+        names, refused = list(reading.names()), reading.refused()
         if not names:
             raise DataError(f"none of {len(sources)} images could be read, first {refused[0]}")
         return Scan(self.table(names, scores, target_fpr=target_fpr), tuple(refused), maps)
@@ -160,45 +159,6 @@ class Detector:
     ) -> tuple[dict[str, NDArray[np.float64]], Maps]:
         """Every score, and every map if asked for, of batches of pixels (B, S, S, 3)."""
         return run(self.scoring, self.scorer, batches, with_maps=with_maps)
-
-    def _decoded(
-        self,
-        sources: Sequence[Source],
-        progress: Progress,
-        names: list[str],
-        refused: list[ImageError],
-    ) -> Iterator[Pixels]:
-        """Batches of decoded images, the next ones decoded while the model works on these."""
-        c = self.config.model
-
-        def one(index: int) -> Pixels | ImageError:
-            try:
-                name = name_of(sources[index], index)
-                return load_image(sources[index], c.image_size, c.resize, name=name)
-            except ImageError as error:
-                return error
-
-        size = scanned(c.image_size, self.device)
-        chunks = shares(len(sources), size, workers_on(self.device))
-        with ThreadPoolExecutor(decoders()) as pool:
-            # a thread would take longer to start than a single image to decode
-            spread = pool.map if len(sources) > 1 else map
-            ahead = [spread(one, chunks[0])]
-            ticks = iter(progress.track(range(len(sources)), "scoring", len(sources)))
-            for i, chunk in enumerate(chunks):
-                if i + 1 < len(chunks):
-                    ahead.append(spread(one, chunks[i + 1]))
-                good = []
-                for index, pixels in zip(chunk, ahead.pop(0), strict=True):
-                    next(ticks, None)
-                    if isinstance(pixels, ImageError):
-                        refused.append(pixels)
-                    else:
-                        names.append(name_of(sources[index], index))
-                        good.append(pixels)
-                if good:
-                    yield np.stack(good)
-            next(ticks, None)
 
     def thresholds(self) -> dict[str, float]:
         """For every score the value flagged at the run's rate; none where it cannot be kept."""
@@ -262,7 +222,7 @@ def load(folder: str | Path, device: torch.device | None = None) -> Detector:
 def run(
     model: VAE,
     scorer: Scorer,
-    batches: Iterable[Pixels],
+    batches: Iterable[Pixels | Callable[[], Pixels]],
     *,
     with_maps: bool = False,
     each: Callable[[Maps], None] | None = None,
@@ -270,6 +230,7 @@ def run(
 ) -> tuple[dict[str, NDArray[np.float64]], Maps]:
     """Every score (N,), and every map (N, H, W) if asked for, of batches of pixels (B, S, S, 3).
 
+    Or of what gives them, which is called in the thread that scores them; a batch may be empty.
     `model` is a frozen one (`Detector.scoring`). The maps lie on disk, memory-mapped. `each` is
     called with the maps of each batch. `count` is how many images there are, about.
     """
@@ -280,12 +241,17 @@ def run(
     drawing = with_maps or each is not None
 
     @torch.inference_mode()
-    def work(pixels: Pixels) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def work(given: Pixels | Callable[[], Pixels]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        pixels = given() if callable(given) else given
+        if not len(pixels):
+            return {}, {}
         with spread(len(pixels), device):
             seen = scorer.seen(model, to_batch(pixels, device), drawing)
             return scorer(*seen), seen.found if drawing else {}
 
     for told, found in in_parallel(work, batches, device):
+        if not told:
+            continue
         before = scores.filled
         scores.add(told)
         if scores.filled // GIVEN_BACK > before // GIVEN_BACK:
@@ -300,6 +266,53 @@ def run(
             for name, drawn in arrays.items():
                 maps[name].add(drawn)
     return scores.columns(), {name: spool.array() for name, spool in maps.items()}
+
+
+class _Reading:
+    """Images that are decoded batch by batch: their names, or the reasons why they cannot be used."""
+
+    def __init__(
+        self, sources: Sequence[Source], size: int, resize: Resize, progress: Progress
+    ) -> None:
+        self.sources, self.size, self.resize = sources, size, resize
+        self.told: list[str | ImageError] = [""] * len(sources)
+        self.lock = Lock()
+        self.ticks = iter(progress.track(range(len(sources)), "scoring", len(sources)))
+
+    def begun(self, chunk: range, spread: Callable[..., Iterator[Any]]) -> Callable[[], Pixels]:
+        """What gives the pixels (B, S, S, 3) of those of a range that can be used.
+
+        They are decoded by `spread`: ahead by threads of a pool, or when they are asked for.
+        """
+        decoded = spread(self._decoded, chunk)
+
+        def gathered() -> Pixels:
+            good = [pixels for pixels in decoded if pixels is not None]
+            return np.stack(good) if good else np.empty((0, self.size, self.size, 3), np.uint8)
+
+        return gathered
+
+    def _decoded(self, index: int) -> Pixels | None:
+        pixels = None
+        try:
+            name = name_of(self.sources[index], index)
+            pixels = load_image(self.sources[index], self.size, self.resize, name=name)
+            self.told[index] = name
+        except ImageError as error:
+            self.told[index] = error
+        with self.lock:
+            next(self.ticks, None)
+        return pixels
+
+    def names(self) -> Iterator[str]:
+        """Of those that can be used, in order, as far as they have been decoded."""
+        return (told for told in self.told if isinstance(told, str))
+
+    def refused(self) -> list[ImageError]:
+        """Why others cannot, in order; nothing is left to be decoded."""
+        with self.lock:
+            next(self.ticks, None)
+        return [told for told in self.told if isinstance(told, ImageError)]
 
 
 class _Scores:
