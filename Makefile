@@ -37,7 +37,7 @@ $(READY): pyproject.toml constraints.txt hatch_build.py src/msvae/kernels.c
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "msvae needs Python 3.11 or newer: set PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet $(INDEX) --constraint constraints.txt torch
-	$(PIP) install --quiet $(INDEX) --constraint constraints.txt --editable '.[dev]'
+	$(PIP) install --quiet $(INDEX) --constraint constraints.txt --editable '.[dev,jpeg]'
 	touch $(READY)
 
 clean:

@@ -1,5 +1,6 @@
 """One file, array or PIL image becomes one checked image, or a plain reason."""
 
+import io
 import struct
 import warnings
 import zlib
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from msvae.data import images
 from msvae.data.images import digest, load_image, load_mask, name_of, open_image
 from msvae.errors import ImageError
 
@@ -265,3 +267,64 @@ def test_a_jpeg_of_about_the_size_is_decoded_whole(tmp_path):
     with Image.open(path) as image:
         whole = load_image(image.convert("RGB"), 64)
     np.testing.assert_array_equal(load_image(path, 64), whole)
+
+
+def as_jpeg(image, **how):
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", **how)
+    return buffer.getvalue()
+
+
+def photograph(width=333, height=250):
+    gen = np.random.default_rng(0)
+    coarse = Image.fromarray(gen.integers(0, 256, (9, 12, 3), dtype=np.uint8))
+    return coarse.resize((width, height), Image.Resampling.BICUBIC)
+
+
+needs_simplejpeg = pytest.mark.skipif(
+    images._simplejpeg() is None, reason="simplejpeg is not installed"
+)
+
+
+@needs_simplejpeg
+@pytest.mark.parametrize("least", [0, 31, 40, 62, 100, 250])
+@pytest.mark.parametrize(
+    "how",
+    [{}, {"quality": 30, "subsampling": 0}, {"progressive": True}, {"subsampling": 1}],
+    ids=["usual", "whole colours", "progressive", "half colours"],
+)
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_plain_jpegs_are_the_same_to_the_pixel_by_simplejpeg(least, how, mode, monkeypatch):
+    """At every fraction of their size that Pillow would take."""
+    data = as_jpeg(photograph().convert(mode), **how)
+    quick = images._quickly(data, least)
+    assert quick is not None
+    monkeypatch.setattr(images, "_quickly", lambda *_: None)
+    expected = images._decoded(data, "it", least).convert("RGB")
+    assert quick.size == expected.size
+    assert np.array_equal(quick, expected)
+
+
+@needs_simplejpeg
+def test_pillow_looks_at_what_is_not_plain(monkeypatch):
+    """Turned by EXIF, four colours, damage, size; and at everything without the library."""
+    plain = as_jpeg(photograph())
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    others = {
+        "turned": as_jpeg(photograph(), exif=turned),
+        "four colours": as_jpeg(photograph().convert("CMYK")),
+        "cut off": plain[: len(plain) // 2],
+        "no JPEG": b"\xff\xd8 and nothing else",
+    }
+    for name, data in others.items():
+        assert images._quickly(data, 0) is None, name
+    assert images._decoded(others["turned"], "it").size == (250, 333)
+    with pytest.raises(ImageError, match="is damaged"):
+        images._decoded(others["cut off"], "it")
+    assert images._quickly(plain, 0) is not None
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 333 * 249)
+    assert images._quickly(plain, 0) is None
+    monkeypatch.undo()
+    monkeypatch.setattr(images, "_simplejpeg", lambda: None)
+    assert images._quickly(plain, 0) is None

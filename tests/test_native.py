@@ -368,6 +368,22 @@ def test_planes_are_enlarged_as_by_torch(small, side, threads):
 
 
 @needs_loops
+@pytest.mark.parametrize("side", [16, 21])
+def test_residual_maps_are_those_of_torch(side, threads):
+    """In deviations from what is usual at each place, by torch where a gradient is wanted."""
+    x, recon = (torch.rand(3, 3, side, side).contiguous(memory_format=LAST) for _ in range(2))
+    nothing = torch.zeros(3, 0)
+    e = Evidence(x, recon, nothing, nothing, (), nothing, nothing, nothing)
+    fitted = maps.ResidualMap(torch.rand(side, side), 0.1 + torch.rand(side, side))
+    exact = e._replace(x=x.double(), recon=recon.double())
+    expected = (maps.ResidualMap.raw(exact) - fitted.mean) / fitted.std
+    close(fitted(e), expected, 1e-5)
+    wanted = e._replace(recon=recon.clone().requires_grad_())
+    fitted(wanted).sum().backward()
+    assert wanted.recon.grad.abs().sum() > 0
+
+
+@needs_loops
 @pytest.mark.parametrize(("side", "small"), [(64, 32), (128, 32), (21, 7), (40, 8)])
 def test_images_are_reduced_to_means_of_squares(side, small, threads):
     x = torch.rand(3, 3, side, side)

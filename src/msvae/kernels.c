@@ -344,46 +344,47 @@ static inline __m512 least_of(float (*sums)[LANES], __m512 before) {
     return _mm512_min_ps(before, _mm512_min_ps(even, odd));
 }
 
-/* The least product of each of the packed queries with one of the places of a bank (places, 32), and of
- * what was least before. Tiles 4 and 5 hold two times 16 queries, 6 and 7 two times 16 places, 0 to 3
+/* The least product of each of the packed queries with one of the places of how_many of the banks
+ * (., places, 32), to least. Tiles 4 and 5 hold two times 16 queries, 6 and 7 two times 16 places, 0 to 3
  * their products: while two are computed the other two are written, and those before them looked
  * through. count and places are multiples of 32. */
-static void least_of_bank(const bf16 *queries, long count, const bf16 *bank, long places, float *least) {
-    enum { ROWS = 16, PIECE = 512, NEAR = 256 /* places, which the cache holds */ };
+static void least_of_banks(const bf16 *queries, long count, const bf16 *banks, const int64_t *alike,
+                           int how_many, long places, float *least) {
+    enum { ROWS = 16, PIECE = 512 };
     float sums[4][ROWS][ROWS] __attribute__((aligned(64)));
-    for (long near = 0; near < places; near += NEAR)
-        for (long q = 0; q < count; q += 2 * ROWS) {
-            long end = near + NEAR < places ? near + NEAR : places;
-            __m512 one = _mm512_loadu_ps(least + q), two = _mm512_loadu_ps(least + q + ROWS);
-            for (int k = 0; k < 4 * ROWS; k++)
-                _mm512_store_ps(sums[k / ROWS][k % ROWS], _mm512_set1_ps(INFINITY));
-            IN_MEMORY;
-            _tile_loadd(2, sums[2], 64);
-            _tile_loadd(3, sums[3], 64);
-            _tile_loadd(4, queries + q * LINE, 64);
-            _tile_loadd(5, queries + q * LINE + PIECE, 64);
-            for (long p = near; p < end; p += 2 * ROWS) {
+    for (long q = 0; q < count; q += 2 * ROWS) {
+        __m512 one = _mm512_set1_ps(INFINITY), two = one;
+        for (int k = 0; k < 4 * ROWS; k++) _mm512_store_ps(sums[k / ROWS][k % ROWS], one);
+        IN_MEMORY;
+        _tile_loadd(2, sums[2], 64);
+        _tile_loadd(3, sums[3], 64);
+        _tile_loadd(4, queries + q * LINE, 64);
+        _tile_loadd(5, queries + q * LINE + PIECE, 64);
+        for (int b = 0; b < how_many; b++) {
+            const bf16 *bank = banks + alike[b] * places * LINE;
+            for (long p = 0; p < places; p += 2 * ROWS, bank += 2 * PIECE) {
 #define PRODUCTS(tile, places_of, queries_of, other, found)  \
     _tile_zero(tile);                                        \
     _tile_dpbf16ps(tile, places_of, queries_of);             \
     _tile_stored(other, sums[other], 64);                    \
     found = least_of(sums[tile], found);
-                _tile_loadd(6, bank + p * LINE, 64);
+                _tile_loadd(6, bank, 64);
                 PRODUCTS(0, 6, 4, 2, one)
                 PRODUCTS(1, 6, 5, 3, two)
-                _tile_loadd(7, bank + p * LINE + PIECE, 64);
+                _tile_loadd(7, bank + PIECE, 64);
                 PRODUCTS(2, 7, 4, 0, one)
                 PRODUCTS(3, 7, 5, 1, two)
             }
-            _tile_stored(2, sums[2], 64);
-            _tile_stored(3, sums[3], 64);
-            for (int k = 0; k < 4; k += 2) {
-                one = least_of(sums[k], one);
-                two = least_of(sums[k + 1], two);
-            }
-            _mm512_storeu_ps(least + q, one);
-            _mm512_storeu_ps(least + q + ROWS, two);
         }
+        _tile_stored(2, sums[2], 64);
+        _tile_stored(3, sums[3], 64);
+        for (int k = 0; k < 4; k += 2) {
+            one = least_of(sums[k], one);
+            two = least_of(sums[k + 1], two);
+        }
+        _mm512_storeu_ps(least + q, one);
+        _mm512_storeu_ps(least + q + ROWS, two);
+    }
 }
 
 /* The squared distance of each of the queries (images, dims, count) to the nearest place of how_many of
@@ -397,10 +398,8 @@ void least_distances(const float *queries, long images, long dims, long count, c
         bf16 *packed = aligned_alloc(64, count * LINE * sizeof(bf16));
         float *squares = aligned_alloc(64, count * sizeof(float)), *least = out + n * count;
         pack_queries(queries + n * dims * count, dims, count, packed, squares);
-        for (long q = 0; q < count; q++) least[q] = INFINITY;
         IN_MEMORY;
-        for (int b = 0; b < how_many; b++)
-            least_of_bank(packed, count, banks + alike[n * how_many + b] * places * LINE, places, least);
+        least_of_banks(packed, count, banks, alike + n * how_many, how_many, places, least);
         for (long q = 0; q < count; q++) least[q] += squares[q];
         free(packed);
         free(squares);
@@ -941,6 +940,23 @@ void mean_squares(const float *x, const float *recon, long images, long size, fl
             all += _mm512_reduce_add_ps(sum);
         }
         out[n] = all / size;
+    }
+}
+
+/* (sqrt(v + floor) - mean) / deviation of each value of planes (count, size), in place; means and deviations
+ * (size) of each place. */
+void root_deviations(float *planes, long count, long size, float floor, const float *means,
+                     const float *deviations, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (long n = 0; n < count; n++) {
+        float *plane = planes + n * size;
+        for (long i = 0; i < size; i += LANES) {
+            __mmask16 some = size - i < LANES ? (__mmask16)((1u << (size - i)) - 1) : 0xFFFF;
+            __m512 v = _mm512_add_ps(_mm512_maskz_loadu_ps(some, plane + i), _mm512_set1_ps(floor));
+            __m512 gap = _mm512_sub_ps(_mm512_sqrt_ps(v), _mm512_maskz_loadu_ps(some, means + i));
+            v = _mm512_maskz_div_ps(some, gap, _mm512_maskz_loadu_ps(some, deviations + i));
+            _mm512_mask_storeu_ps(plane + i, some, v);
+        }
     }
 }
 

@@ -218,9 +218,12 @@ class ResidualMap:
 
     @staticmethod
     def raw(e: Evidence) -> Tensor:
-        """The smoothed root of the reconstruction map, (B, H, W), intensity."""
-        side = e.x.shape[-1]
-        return (smooth(reconstruction_map(e), max(0.8, side / 64)) + FLOOR).sqrt()
+        """The root of the smoothed reconstruction map, (B, H, W), intensity."""
+        return (ResidualMap._smoothed(e) + FLOOR).sqrt()
+
+    @staticmethod
+    def _smoothed(e: Evidence) -> Tensor:
+        return smooth(reconstruction_map(e), max(0.8, e.x.shape[-1] / 64))
 
     @classmethod
     def fit(cls, moments: Moments) -> "ResidualMap":
@@ -233,7 +236,10 @@ class ResidualMap:
 
     def __call__(self, e: Evidence) -> Tensor:
         """(B, H, W), standard deviations."""
-        return (self.raw(e) - self.mean) / self.std
+        smoothed = self._smoothed(e)
+        if native.suits(smoothed):
+            return native.root_deviations(smoothed, FLOOR, self.mean, self.std)
+        return ((smoothed + FLOOR).sqrt() - self.mean) / self.std
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,7 @@ ARGUMENTS = {
     "squared_error": [POINTER, POINTER, COUNT, POINTER, FEW],
     "blur_planes": [POINTER, COUNT, COUNT, POINTER, COUNT, POINTER, FEW],
     "mean_squares": [POINTER, POINTER, COUNT, COUNT, POINTER, FEW],
+    "root_deviations": [POINTER, COUNT, COUNT, ctypes.c_float, POINTER, POINTER, FEW],
     "reduce_images": [POINTER, COUNT, COUNT, COUNT, POINTER, FEW],
     "enlarge_planes": [POINTER, COUNT, COUNT, COUNT, POINTER, FEW],
     "greatest_means": [POINTER, COUNT, COUNT, COUNT, POINTER, FEW],
@@ -273,6 +274,18 @@ def enlarged(planes: Tensor, side: int) -> Tensor:
         torch.get_num_threads(),
     )
     return out
+
+
+def root_deviations(planes: Tensor, floor: float, mean: Tensor, std: Tensor) -> Tensor:
+    """(√(v + floor) - mean) / std of planes v (B, S, S), which are overwritten; both (S, S)."""
+    assert planes.is_contiguous()
+    assert planes.shape[1:] == mean.shape == std.shape
+    mean, std = mean.contiguous(), std.contiguous()
+    loops().root_deviations(
+        *(planes.data_ptr(), len(planes), mean.numel(), floor, mean.data_ptr(), std.data_ptr()),
+        torch.get_num_threads(),
+    )
+    return planes
 
 
 def reduced(x: Tensor, small: int) -> Tensor:
