@@ -11,6 +11,7 @@ from msvae.compute import (
     BATCH,
     batch_of,
     compute_type,
+    decoding,
     in_parallel,
     scanned,
     shares,
@@ -129,3 +130,14 @@ def test_pixels_become_a_batch():
     pixels = np.arange(2 * 4 * 4 * 3, dtype=np.uint8).reshape(2, 4, 4, 3)
     x = to_batch(pixels, CPU)
     np.testing.assert_allclose(x.numpy(), pixels.transpose(0, 3, 1, 2) / 255, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("cores", "ahead"), [(1, False), (2, False), (4, False), (8, True)])
+def test_files_are_decoded_ahead_where_a_batch_has_several_cores(cores, ahead, monkeypatch):
+    """Or for a GPU; else by the thread that scores them."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: cores)
+    for device, pool in ((CPU, ahead), (torch.device("cuda"), True)):
+        with decoding(device) as spread:
+            here = set(spread(lambda _: threading.get_ident(), range(9)))
+            assert list(spread(lambda i: i * i, range(9))) == [i * i for i in range(9)]
+        assert (here != {threading.get_ident()}) == pool

@@ -7,6 +7,8 @@ import pickletools
 import shutil
 import struct
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -24,6 +26,7 @@ from msvae.errors import (
     RunError,
     TrainingError,
 )
+from msvae.progress import Silent
 from msvae.scorer import PLACES
 from msvae.table import ScoreTable
 from msvae.teach import Lesson
@@ -304,6 +307,35 @@ def test_many_images_come_in_order(loaded):
         np.testing.assert_allclose(
             table.scores["reconstruction"][i], thirty.scores["reconstruction"][i % 30], rtol=1e-5
         )
+
+
+@pytest.mark.parametrize("pool", [False, True])
+def test_images_are_told_apart_however_they_are_decoded(loaded, tmp_path, pool, monkeypatch):
+    """By threads ahead or by those that score: rows, reasons and maps in order, a tick for each."""
+    torn = tmp_path / "torn.png"
+    torn.write_bytes(b"\x89PNG\r\n\x1a\n and no more")
+    many = [torn if i % 50 < 2 or 64 <= i < 128 else NEW[i % 30] for i in range(150)]
+    good = [i for i, image in enumerate(many) if image is not torn]
+    ticks, shown = [], []
+
+    class Counting(Silent):
+        def track(self, items, task, total):
+            for item in items:
+                yield item
+                ticks.append(total)
+
+    @contextmanager
+    def decoding(device):
+        with ThreadPoolExecutor(3) as threads:
+            yield threads.map if pool else map
+
+    monkeypatch.setattr(detector, "decoding", decoding)
+    scan = loaded.scan(many, progress=Counting(), each_map=lambda name, maps: shown.append(name))
+    assert scan.table.paths == tuple(shown) == tuple(f"image {i}" for i in good)
+    assert [q.name for q in scan.quarantine] == [str(torn)] * (len(many) - len(good))
+    assert ticks == [len(many)] * len(many)
+    expected = loaded.score(NEW).scores["reconstruction"][[i % 30 for i in good]]
+    np.testing.assert_allclose(scan.table.scores["reconstruction"], expected, rtol=1e-5)
 
 
 def test_scores_find_room_beyond_what_was_expected(loaded):
