@@ -358,6 +358,20 @@ def test_nothing_native_gets_into_a_trace_or_a_gradient():
 
 
 @needs_loops
+@pytest.mark.parametrize("shape", [(3, 32, 9, 7), (2, 64, 8, 8), (5, 3, 4, 5)])
+@pytest.mark.parametrize(
+    ("size", "stride", "padding"), [(3, 1, 1), (3, 2, 1), (4, 2, 1), (2, 1, 0)]
+)
+def test_windows_are_those_of_torch(shape, size, stride, padding, threads, monkeypatch):
+    """To the bit, zeros beyond the edges included."""
+    x = low(*shape)
+    found = lowered.windows(x, size, stride, padding)
+    assert torch.equal(found, native.windows(x, size, stride, padding))
+    monkeypatch.setattr(native, "suits", lambda *_: False)
+    assert torch.equal(found, lowered.windows(x, size, stride, padding))
+
+
+@needs_loops
 @pytest.mark.parametrize(("small", "side"), [(8, 32), (16, 64), (7, 7), (5, 23), (17, 100), (1, 9)])
 def test_planes_are_enlarged_as_by_torch(small, side, threads):
     planes = torch.randn(3, small, small)

@@ -269,6 +269,30 @@ double square_sum(const bf16 *const *gradients, const long *counts, int how_many
     return out;
 }
 
+/* What of maps (images, high, wide, width) lies beneath a kernel (size, size), place by place, to out
+ * (images, down, across, size, size, width); beyond the maps are `padding` zeros. */
+void windows(const bf16 *maps, long images, long high, long wide, long width, long size, long stride,
+             long padding, long down, long across, bf16 *out, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (long n = 0; n < images; n++) {
+        bf16 *to = out + n * down * across * size * size * width;
+        for (long y = 0; y < down; y++)
+            for (long x = 0; x < across; x++)
+                for (long k = 0; k < size; k++, to += size * width) {
+                    long row = y * stride - padding + k, first = x * stride - padding, last = first + size;
+                    long from = first < 0 ? 0 : first, end = last > wide ? wide : last;
+                    if (row < 0 || row >= high || from >= end) {
+                        memset(to, 0, size * width * sizeof(bf16));
+                        continue;
+                    }
+                    memset(to, 0, (from - first) * width * sizeof(bf16));
+                    memcpy(to + (from - first) * width, maps + ((n * high + row) * wide + from) * width,
+                           (end - from) * width * sizeof(bf16));
+                    memset(to + (end - first) * width, 0, (last - end) * width * sizeof(bf16));
+                }
+    }
+}
+
 /* Whether the system lets this process use AMX's tiles. */
 int may_use_tiles(void) {
     enum { REQUEST = 0x1023, TILE_DATA = 18 };

@@ -126,6 +126,8 @@ class _ByProducts(torch.autograd.Function):
 
 def windows(maps: Tensor, size: int, stride: int, padding: int) -> Tensor:
     """What of maps (B, C, h, w) lies beneath a kernel, place by place, (B h' w', size size C)."""
+    if native.suits(maps, torch.bfloat16):
+        return native.windows(maps, size, stride, padding)
     padded = F.pad(maps.permute(0, 2, 3, 1), (0, 0, *[padding] * 4)).contiguous()
     b, high, wide, c = padded.shape
     places = [(side - size) // stride + 1 for side in (high, wide)]

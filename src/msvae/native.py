@@ -24,6 +24,7 @@ POINTER, COUNT, REAL, FEW = ctypes.c_void_p, ctypes.c_long, ctypes.c_double, cty
 ARGUMENTS = {
     "norm_silu": [POINTER, COUNT, COUNT, *[POINTER] * 4, REAL, REAL, *[POINTER] * 3, FEW],
     "norm_silu_gradient": [POINTER, POINTER, COUNT, COUNT, *[POINTER] * 4, FEW],
+    "windows": [POINTER, *[COUNT] * 9, POINTER, FEW],
     "adamw": [POINTER, POINTER, POINTER, FEW, POINTER, FEW],
     "square_sum": [POINTER, POINTER, FEW],
     "painted_error": [POINTER, POINTER, COUNT, COUNT, POINTER, FEW],
@@ -114,6 +115,22 @@ def norm_silu_gradient(x: Tensor, above: Tensor, told: Tensor) -> tuple[Tensor, 
 
 def _room(threads: int, width: int) -> Tensor:
     return torch.empty(threads, 2, width, dtype=torch.double)
+
+
+def windows(maps: Tensor, size: int, stride: int, padding: int) -> Tensor:
+    """What of maps (B, C, h, w) in bfloat16 lies beneath a kernel, place by place.
+
+    (B h' w', size² C), zeros where it reaches beyond them.
+    """
+    rows = maps.permute(0, 2, 3, 1).contiguous()
+    b, high, wide, c = rows.shape
+    down, across = ((side + 2 * padding - size) // stride + 1 for side in (high, wide))
+    out = rows.new_empty(b * down * across, size * size * c)
+    loops().windows(
+        *(rows.data_ptr(), b, high, wide, c, size, stride, padding, down, across),
+        *(out.data_ptr(), torch.get_num_threads()),
+    )
+    return out
 
 
 def painted_error(colours: Tensor, x: Tensor) -> Tensor:
