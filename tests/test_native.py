@@ -30,14 +30,6 @@ def seeded():
     torch.manual_seed(0)
 
 
-@pytest.fixture(params=[1, 2])
-def threads(request):
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
-
-
 def low(*shape, scale=1.0, shift=0.0):
     return (scale * torch.randn(shape) + shift).bfloat16().contiguous(memory_format=LAST)
 

@@ -21,14 +21,6 @@ def seeded():
     torch.manual_seed(0)
 
 
-@pytest.fixture(params=[1, 2])
-def threads(request):
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
-
-
 def rounded(values):
     return values.detach().bfloat16().double()
 
