@@ -6,10 +6,11 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
+LOWEST := .venv-lowest
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 INDEX  := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: demo test bench lint docs clean
+.PHONY: demo test test-lowest demo-lowest bench lint docs clean
 
 demo: $(READY)
 	$(BIN)/msvae demo
@@ -20,6 +21,13 @@ test: $(READY)
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/python -m pytest
+
+# On the lowest versions that pyproject.toml promises, in an environment of their own.
+test-lowest: $(LOWEST)/.ready
+	$(LOWEST)/bin/python -m pytest
+
+demo-lowest: $(LOWEST)/.ready
+	$(LOWEST)/bin/msvae demo --out runs/demo-lowest
 
 bench: $(READY)
 	$(BIN)/python -m bench $(BENCH)
@@ -33,12 +41,19 @@ lint: $(READY)
 docs: $(READY)
 	$(BIN)/python docs/generate.py
 
-$(READY): pyproject.toml constraints.txt hatch_build.py src/msvae/kernels.c
+$(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "msvae needs Python 3.11 or newer: set PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet $(INDEX) --constraint constraints.txt torch
 	$(PIP) install --quiet $(INDEX) --constraint constraints.txt --editable '.[dev,jpeg]'
 	touch $(READY)
 
+$(LOWEST)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(LOWEST)
+	$(PYTHON) tests/floors.py > $(LOWEST)/floors.txt
+	$(LOWEST)/bin/python -m pip --disable-pip-version-check install --quiet $(INDEX) --constraint $(LOWEST)/floors.txt torch
+	$(LOWEST)/bin/python -m pip --disable-pip-version-check install --quiet $(INDEX) --constraint $(LOWEST)/floors.txt --editable '.[dev,jpeg]'
+	touch $(LOWEST)/.ready
+
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) $(LOWEST) runs

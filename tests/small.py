@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from msvae.config import Config
+from msvae.core.config import Config
 
 SIDE = 32
 CONFIG = Config().replace(
@@ -12,8 +12,8 @@ CONFIG = Config().replace(
     latent_dim=6,
     epochs=1,
     min_steps=0,
-    companion_epochs=2,
-    inspector_steps=2,
+    pretext_epochs=2,
+    segmenter_steps=2,
     batch_size=8,
     target_fpr=0.2,
     precision="fp32",

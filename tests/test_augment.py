@@ -6,8 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from msvae.augment import augment
-from msvae.config import AugmentConfig
+from msvae.core.config import AugmentConfig
+from msvae.transforms.augment import augment
 
 ALL = AugmentConfig(flip_horizontal=True, flip_vertical=True, crop=0.2, jitter=0.5)
 

@@ -3,6 +3,7 @@
 import csv
 import errno
 import hashlib
+import importlib.util
 import json
 import os
 import shutil
@@ -16,19 +17,22 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from msvae import cli, fit, fitting, load, store
-from msvae.config import Config
+from msvae import fit, load
+from msvae.cli import main as cli
+from msvae.core.config import Config
+from msvae.core.errors import DataError, ImageError, OutputError, RunError
 from msvae.data import cache
-from msvae.errors import DataError, ImageError, OutputError, RunError
-from msvae.table import ScoreTable
-from msvae.train import Trainer
+from msvae.engine import choose
+from msvae.evaluation.table import ScoreTable
+from msvae.run import checkpoint, evaluate, store
+from msvae.training.vae import Trainer
 
 SETTINGS = {
     "image_size": 32,
     "hidden_dims": (8, 12),
     "latent_dim": 6,
-    "companion": False,
-    "inspector": False,
+    "pretext": False,
+    "segmenter": False,
     "epochs": 1,
     "min_steps": 0,
     "batch_size": 8,
@@ -120,9 +124,9 @@ def run(made, tmp_path):
 
 
 @pytest.fixture
-def msvae(capsys, tmp_path, monkeypatch):
+def msvae(capsys, made, monkeypatch):
     """The command line: gives the exit code and what it said on stderr, line by line."""
-    monkeypatch.setenv("MSVAE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("MSVAE_CACHE", str(made / "cache"))  # each compiled graph once
     monkeypatch.setenv("COLUMNS", "200")
 
     def call(*words):
@@ -332,7 +336,7 @@ def test_calibrating_with_images_that_were_trained_on(made, run, msvae, tmp_path
 
 CHECKED = [
     *["model.safetensors", "calibration.safetensors", "references.safetensors"],
-    *["split.csv", "environment.json"],
+    *["graph.xml", "graph.bin", "split.csv", "environment.json"],
 ]
 
 
@@ -360,9 +364,9 @@ def test_a_run_with_a_missing_file(name, run, made, msvae):
     [
         (None, "not a run"),
         ("", "cannot be read as a run's settings"),
-        ('{"format": 5', "cannot be read as a run's settings"),
+        ('{"format": 6', "cannot be read as a run's settings"),
         ("[]", "cannot be read as a run's settings"),
-        ('{"format": 5}', "cannot be read as a run's settings"),
+        ('{"format": 6}', "cannot be read as a run's settings"),
     ],
 )
 def test_a_run_with_torn_settings(text, reason, run, made, msvae):
@@ -375,9 +379,97 @@ def test_a_run_with_torn_settings(text, reason, run, made, msvae):
 
 def test_a_run_of_a_newer_format(run, made, msvae):
     """Refused with both versions, though its content may be of any form."""
-    (run / "config.json").write_text(json.dumps({"format": 6, "other": "things"}))
+    (run / "config.json").write_text(json.dumps({"format": 7, "other": "things"}))
     answer = msvae("score", run, made / "new" / "00.png")
-    refused(answer, "format 6", "reads 5", "update msvae")
+    refused(answer, "format 7", "reads 6", "update msvae")
+
+
+def test_a_run_of_the_format_before(run, made, msvae):
+    """Refused, naming the version that reads it."""
+    facts = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps({**facts, "format": 5}))
+    answer = msvae("score", run, made / "new" / "00.png")
+    refused(answer, "format 5", "reads 6", "msvae 0.1.0 of commit 47b9380 reads it")
+
+
+# Engines.
+
+
+ENGINE_VERBS = {
+    "fit": ["new", "--out", "out", *flags(), "--rule", "fixed"],
+    "score": ["run", "new"],
+    "calibrate": ["run", "new"],
+    "evaluate": ["run", "--normal", "new", "--anomalous", "odd", "--out", "out"],
+}
+
+
+@pytest.mark.parametrize("by", ["option", "variable"])
+@pytest.mark.parametrize("verb", ENGINE_VERBS)
+def test_an_engine_that_is_none(verb, by, made, msvae, tmp_path, monkeypatch):
+    """Is told by its name with those that there are, before any work; nothing is written."""
+    monkeypatch.setattr(Trainer, "step", lambda *_: pytest.fail("trained before it refused"))
+    words = [made / w if w in ("run", "new") else w for w in ENGINE_VERBS[verb]]
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "odd", smooth_images(3, 7))
+    before = entries(made / "run"), set(tmp_path.iterdir())
+    if by == "option":
+        words += ["--engine", "nonsense"]
+    else:
+        monkeypatch.setenv("MSVAE_ENGINE", "nonsense")
+    answer = msvae(verb, *words)
+    refused(answer, "no engine is called 'nonsense'", "auto, reference, openvino", "MSVAE_ENGINE")
+    assert (entries(made / "run"), set(tmp_path.iterdir())) == before
+
+
+@pytest.mark.parametrize(("engine", "library"), [("openvino", "openvino"), ("reference", "torch")])
+def test_an_engine_whose_library_is_not_there(engine, library, made, msvae, monkeypatch):
+    """Is told with what to install, and with the engine that goes without."""
+    absent = importlib.util.find_spec
+    monkeypatch.setattr(choose, "find_spec", lambda name: None if name == library else absent(name))
+    answer = msvae("score", made / "run", made / "new", "--engine", engine)
+    other = {"openvino": "reference", "reference": "openvino"}[engine]
+    refused(answer, f"pip install {library}", f"--engine {other}")
+
+
+def _with_file(run, name, data):
+    """Put another file into a run, under its right checksum."""
+    (run / name).write_bytes(data)
+    facts = json.loads((run / "config.json").read_text())
+    facts["checksums"][name] = hashlib.sha256(data).hexdigest()
+    (run / "config.json").write_text(json.dumps(facts))
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda xml: xml.replace(b'name="networks.', b'name="netwurks.'), "does not match its run"),
+        (lambda xml: xml[: len(xml) // 2], "is not a graph that OpenVINO reads"),
+    ],
+)
+def test_a_graph_of_another_run(change, reason, run, made, msvae):
+    """A graph file that names tensors that the run lacks, or is none, is refused: no wrong number."""
+    data = (run / "graph.xml").read_bytes()
+    assert change(data) != data
+    _with_file(run, "graph.xml", change(data))
+    answer = msvae("score", run, made / "new" / "00.png", "--engine", "openvino")
+    refused(answer, str(run / "graph.xml"), reason, "fit it again")
+
+
+def test_a_broken_cache_of_compiled_graphs(made, msvae, tmp_path, monkeypatch):
+    """What is kept to start quickly and is torn, foreign or out of date is made anew, silently."""
+    monkeypatch.setenv("MSVAE_CACHE", str(tmp_path / "own"))
+    words = ["score", made / "run", made / "new" / "00.png", "--engine", "openvino", "--out"]
+    assert msvae(*words, tmp_path / "first.csv")[0] == 0
+    kept = sorted((tmp_path / "own").rglob("*.blob"))
+    assert kept
+    for i, harm in enumerate((b"", b"no graph", kept[0].read_bytes()[:-100])):
+        for path in kept:
+            path.write_bytes(harm)
+        code, lines = msvae(*words, tmp_path / f"{i}.csv")
+        assert code == 0
+        assert not [line for line in lines if line.startswith("msvae: ")]
+        assert (tmp_path / f"{i}.csv").read_bytes() == (tmp_path / "first.csv").read_bytes()
+        assert all(path.read_bytes() != harm for path in kept)
 
 
 # The disk.
@@ -455,9 +547,10 @@ def test_a_full_disk_costs_the_cache_only(made, tmp_path, monkeypatch):
     monkeypatch.setattr(cache.os, "posix_fallocate", full, raising=False)
     with pytest.warns(UserWarning, match="No space left"):
         detector = fit(made / "good", config=CONFIG)
-    image = made / "new" / "00.png"
-    expected = load(made / "run").score(image).scores["reconstruction"]
-    np.testing.assert_array_equal(detector.score(image).scores["reconstruction"], expected)
+    expected = load(made / "run").graph.arrays()
+    assert len(expected) > 20
+    for name, values in detector.graph.arrays().items():
+        np.testing.assert_array_equal(values, expected[name])
     assert not [p for p in (tmp_path / "cache").rglob("*") if p.is_file()]
 
 
@@ -542,8 +635,9 @@ def test_a_finished_run_is_not_written_over(made, run, msvae):
 
 
 @pytest.fixture
-def labelled(tmp_path):
-    """Normal and anomalous images, and masks of the latter."""
+def labelled(tmp_path, monkeypatch):
+    """Normal and anomalous images, and masks of the latter; no figures, which take longest."""
+    monkeypatch.setattr(evaluate, "draw_figures", lambda *_: None)
     rng = np.random.default_rng(0)
     write(tmp_path / "normal", smooth_images(4, 6))
     odd = rng.integers(0, 256, (3, 32, 32, 3), dtype=np.uint8)
@@ -674,8 +768,8 @@ def test_checkpoints_are_written_as_often_as_they_can_be_afforded(
         whole(folder, tensors, facts)
 
     monkeypatch.setattr(store, "write_checkpoint", counted)
-    monkeypatch.setattr(fitting, "CHECKPOINT_SHARE", 1e-9)
-    monkeypatch.setattr(fitting, "FIRST_CHECKPOINT", first)
+    monkeypatch.setattr(checkpoint, "CHECKPOINT_SHARE", 1e-9)
+    monkeypatch.setattr(checkpoint, "FIRST_CHECKPOINT", first)
     out = tmp_path / "out"
     interrupt_at(monkeypatch, 100)
     words = ["fit", made / "new", "--rule", "fixed", *flags(), "--epochs", 9, "--out", out]

@@ -14,10 +14,11 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
 from sklearn.metrics import accuracy_score, f1_score
 
-from msvae.gallery import Gallery, Item, MapView, ScoreLine
-from msvae.operating import Operating
-from msvae.report import Comparison, Figure, Report, ScoreFigures, Table, render, write_report
-from msvae.wording import Summary
+from msvae.report.gallery import Gallery, Item, MapView, ScoreLine
+from msvae.report.page import Comparison, Figure, Report, ScoreFigures, render, write_report
+from msvae.report.summary import Summary
+from msvae.report.tables import Table
+from msvae.report.thresholds import ThresholdData
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 DRIVER = shutil.which("chromedriver")
@@ -84,8 +85,8 @@ def item(k, mask=None):
 
 
 def report_of(data):
-    labelled = Operating(scores=data.scores, p=data.p, labels=data.labels, n_conformal=39)
-    plain = Operating(scores=data.scores, threshold=12.0, name="without labels")
+    labelled = ThresholdData(scores=data.scores, p=data.p, labels=data.labels, n_conformal=39)
+    plain = ThresholdData(scores=data.scores, threshold=12.0, name="without labels")
     figures = ScoreFigures(auroc=0.8, auroc_ci95=(0.7, 0.9), average_precision=0.9, f1=0.5)
     protocols = {
         "equalised": {"a_score_of_some_length": figures, "fused": figures},
@@ -397,7 +398,7 @@ def test_a_hundred_thousand_images(browser, tmp_path):
     report = Report(
         title="large",
         summaries=(Summary(images=labels.size, flagged=0, target_fpr=0.05),),
-        thresholds=(Operating(scores=scores, labels=labels, threshold=1.0),),
+        thresholds=(ThresholdData(scores=scores, labels=labels, threshold=1.0),),
         galleries=(Gallery(title="Most anomalous", items=items),),
     )
     path = write_report(tmp_path / "large.html", report)

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from msvae.core.errors import DataError
+from msvae.core.files import cache_dir
 from msvae.data import cache as module
-from msvae.data.cache import decode, default_cache_dir
+from msvae.data.cache import decode
 from msvae.data.images import digest, load_image
-from msvae.errors import DataError
 
 
 @pytest.fixture
@@ -226,11 +227,11 @@ def test_where_the_cache_lies(monkeypatch):
     """MSVAE_CACHE, else the user's cache folder."""
     monkeypatch.delenv("MSVAE_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", "/x")
-    assert default_cache_dir() == Path("/x/msvae")
+    assert cache_dir() == Path("/x/msvae")
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert default_cache_dir() == Path.home() / ".cache" / "msvae"
+    assert cache_dir() == Path.home() / ".cache" / "msvae"
     monkeypatch.setenv("MSVAE_CACHE", "/y")
-    assert default_cache_dir() == Path("/y")
+    assert cache_dir() == Path("/y")
 
 
 def test_some_of_the_images_are_read_when_they_are_asked_for(files, tmp_path):

@@ -4,10 +4,13 @@ import csv
 import hashlib
 import json
 import os
+import platform
 import re
 import shutil
 import subprocess
 import sys
+from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -17,14 +20,21 @@ from PIL import Image
 from sklearn.metrics import average_precision_score, roc_auc_score
 from torch.nn import functional as F
 
-from msvae import __version__, cli, config, load, workflow
-from msvae.table import ScoreTable
+from msvae import __version__, load
+from msvae.benchmarks import demo as demo_module
+from msvae.benchmarks import registry
+from msvae.benchmarks.industrial import mean_over
+from msvae.cli import main as cli
+from msvae.cli.console import Screen
+from msvae.core import config
+from msvae.evaluation.table import ScoreTable
+from msvae.run import outputs
 
 VERBS = ("demo", "fit", "calibrate", "score", "evaluate", "explain", "report", "benchmark")
 TINY = [
     *["--image-size", "32", "--hidden-dims", "8", "16", "--latent-dim", "8", "--epochs", "1"],
     *["--min-steps", "4", "--batch-size", "8", "--target-fpr", "0.2"],
-    *["--no-companion", "--no-inspector", "--precision", "fp32"],
+    *["--no-pretext", "--no-segmenter", "--precision", "fp32"],
 ]
 SCORES = {
     *["reconstruction", "mahalanobis", "weighted", "weighted_raw", "kl", "elbo", "spread"],
@@ -136,13 +146,13 @@ def scored(msvae, tmp_path):
 
 HEAVY = """
 import sys
-import msvae.cli as cli
+from msvae.cli import main as cli
 for words in ([], *[[verb] for verb in {verbs!r}]):
     try:
         cli.main([*words, "--help"])
     except SystemExit as ended:
         assert ended.code == 0
-heavy = {{"torch", "matplotlib", "sklearn", "skimage", "scipy", "captum", "rich"}}
+heavy = {{"torch", "matplotlib", "sklearn", "skimage", "scipy", "openvino", "rich"}}
 assert not heavy & set(sys.modules), heavy & set(sys.modules)
 """
 
@@ -166,12 +176,52 @@ def test_every_setting_is_an_option(msvae):
             assert f"--{name.replace('_', '-')}" in told
 
 
+def test_without_words_the_help(msvae):
+    """A bare `msvae` is a question: the help answers it, with every verb, and nothing went wrong."""
+    code, out, lines = msvae()
+    assert (code, lines) == (0, [])
+    assert out == msvae("--help")[1]
+    for verb in VERBS:
+        assert re.search(rf"^ +{verb}\s+\w", out, re.MULTILINE), verb
+
+
 def test_version(msvae):
     """The version, and nothing else."""
     assert msvae("--version")[:2] == (0, f"msvae {__version__}\n")
 
 
-@pytest.mark.parametrize("words", [["frobnicate"], [], ["score"], ["benchmark", "imagenet"]])
+@pytest.mark.parametrize("engine", ["openvino", "reference"])
+def test_version_says_what_computes(engine, msvae, monkeypatch):
+    """With --verbose: engine, precision and instruction set, as for a bug report; no verb needed."""
+    monkeypatch.setenv("MSVAE_ENGINE", engine)
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "SSE41")
+    code, out, _ = msvae("--version", "--verbose")
+    first, *lines = out.splitlines()
+    facts = dict(line.split(": ") for line in lines if ": " in line)
+    assert (code, first) == (0, f"msvae {__version__}")
+    assert facts["engine"] == engine
+    assert facts["precision"] == "f32"  # SSE4.1 multiplies no bfloat16
+    level, cores = facts["instruction set"].removesuffix(" cores").split(", ")
+    assert level in ("SSE41", platform.machine())
+    if hasattr(os, "sched_getaffinity"):
+        assert int(cores) == len(os.sched_getaffinity(0))
+    assert f"openvino {version('openvino')}" in lines
+    assert f"torch {version('torch')}" in lines
+
+
+@pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="Linux says what a processor has")
+def test_version_knows_this_processor(msvae, monkeypatch):
+    """The instruction set is one that the processor has; bfloat16 only where it multiplies it."""
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+    _, out, _ = msvae("--version", "--verbose")
+    has = Path("/proc/cpuinfo").read_text().split("flags", 1)[-1].split("\n", 1)[0].split()
+    level = re.search(r"instruction set: (\w+)", out)[1]
+    assert ("AMX" in level) == ("amx_bf16" in has)
+    assert level.startswith("AVX512") == ("avx512vl" in has)
+    assert ("precision: bf16" in out) == ("amx_bf16" in has or "avx512_bf16" in has)
+
+
+@pytest.mark.parametrize("words", [["frobnicate"], ["score"], ["fit"], ["benchmark"]])
 def test_words_that_are_none(words, msvae):
     """An unknown or incomplete command ends with 2 and the choices on its last line."""
     code, out, lines = msvae(*words)
@@ -179,9 +229,15 @@ def test_words_that_are_none(words, msvae):
     assert re.search("required|choose from", lines[-1])
 
 
+INSTALLED = """
+from importlib.metadata import entry_points
+entry_points(group="console_scripts")["msvae"].load()()
+"""
+
+
 def test_the_installed_command(made, tmp_path):
     """As a program of its own: results on stdout, the rest on stderr, an exit code."""
-    command = [sys.executable, "-c", "from msvae.cli import main; main()"]
+    command = [sys.executable, "-c", INSTALLED]
     image = made / "part" / "test" / "hole" / "00.png"
     bad = tmp_path / "bad.png"
     bad.write_text("no picture")
@@ -205,7 +261,8 @@ def test_fit_writes_a_run(made):
     names = {p.name for p in (made / "run").iterdir()}
     tensors = {f"{n}.safetensors" for n in ("model", "calibration", "references")}
     assert names == tensors | {
-        *["config.json", "environment.json", "history.csv", "split.csv", "report.html"]
+        *["config.json", "environment.json", "history.csv", "split.csv", "report.html"],
+        *["graph.xml", "graph.bin"],
     }
     paths = {r["path"] for r in read(made / "run" / "split.csv")}
     assert paths == {str(p) for p in (made / "part" / "train" / "good").iterdir()}
@@ -217,7 +274,7 @@ def test_fit_obeys_its_options(made):
     model, train = facts["config"]["model"], facts["config"]["train"]
     assert (model["image_size"], model["hidden_dims"], model["latent_dim"]) == (32, [8, 16], 8)
     assert (train["epochs"], train["min_steps"], train["batch_size"]) == (1, 4, 8)
-    assert model["companion"] is False
+    assert model["pretext"] is False
     assert facts["decision"]["target_fpr"] == 0.2
     assert facts["n"] == {"train": 48, "stop": 3, "conformal": 9}
 
@@ -546,6 +603,53 @@ def test_benchmark_mvtec(made, msvae, tmp_path):
     assert "--data-dir" in lines[-1]
 
 
+SMALLER = [*TINY, "--image-size", "16", "--min-steps", "1"]
+
+
+def test_benchmark_every_category(made, msvae, tmp_path):
+    """Each category found is a run of its own; one that fails is named, the mean is of the others."""
+    shutil.copytree(made / "part", tmp_path / "mvtec" / "bolt")
+    broken = tmp_path / "mvtec" / "anvil"
+    write(broken / "train" / "good", smooth_images(4, 0))
+    shutil.copytree(made / "part" / "test", broken / "test")
+    out = tmp_path / "out"
+    words = ["benchmark", "mvtec", "--data-dir", tmp_path, "--category", "all", "--out", out]
+    code, shown, lines = msvae(*words, *SMALLER)
+    assert code == 0
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert list(metrics["categories"]) == ["anvil", "bolt"]
+    assert "4 distinct images are too few" in metrics["categories"]["anvil"]["failed"]
+    assert any("anvil failed" in line for line in lines)
+    assert "4 distinct images are too few" in shown
+    assert (metrics["mean"]["of"], metrics["mean"]["categories"]) == (1, 2)
+    assert "mean of 1 of 2" in shown
+    judged = check_judged(out / "bolt" / "evaluation", 12, 6)
+    mean = metrics["mean"]
+    assert mean["scores"]["fused"]["auroc"] == pytest.approx(judged["scores"]["fused"]["auroc"])
+    assert mean["maps"]["fused"]["aupro"] == pytest.approx(judged["maps"]["fused"]["aupro"])
+    assert metrics["categories"]["bolt"]["image_size"] == 16
+    assert load(out / "bolt").facts["n"]["conformal"] == 9
+    self_contained(out / "bolt" / "report.html")
+    assert not (out / "anvil").exists()
+    code, _, lines = msvae(*words, *SMALLER)
+    assert code == 2
+    assert "--overwrite" in lines[-1]
+
+
+def test_the_mean_over_categories():
+    """Unweighted, as the literature has it, of those that were judged."""
+    figures = dict.fromkeys(("auroc", "average_precision", "f1_max", "aupro"), 0.5)
+    blocks = {
+        "a": {"scores": {"fused": figures}, "maps": {"fused": figures}},
+        "b": {"scores": {"fused": {**figures, "auroc": 0.9}}},
+        "c": {"failed": "too few"},
+    }
+    mean = mean_over(blocks)
+    assert (mean["of"], mean["categories"]) == (2, 3)
+    assert mean["scores"]["fused"] == pytest.approx({"auroc": 0.7, "average_precision": 0.5})
+    assert mean["maps"]["fused"] == figures
+
+
 def test_benchmark_magnetic_tile(msvae, tmp_path):
     """Near-copies stay on one side: no group of neighbouring numbers is both fitted and tested."""
     root, out = tmp_path / "magnetic-tile", tmp_path / "out"
@@ -583,12 +687,14 @@ def test_benchmark_all_writes_the_ablation(msvae, tmp_path, monkeypatch):
     found = {"scores": {"fused": block}, "ablation": {"without order": block}}
     asked = {}
 
-    def run(name, options, out):
-        asked[name] = out
+    def run(name, request):
+        asked[name] = request.out
         both = {"protocols": {"equalised": found, "native": found}}
         return both if name == "flowers-cifar10" else {"evaluation": name, **found}
 
-    monkeypatch.setattr(cli, "_run_benchmark", run)
+    for name in registry.BENCHMARKS:
+        monkeypatch.setitem(registry.BENCHMARKS, name, partial(run, name))
+    monkeypatch.setattr(Screen, "benchmark", lambda *_: None)
     code, _, lines = msvae("benchmark", "all", "--data-dir", tmp_path, "--out", tmp_path / "out")
     assert code == 0
     assert asked == {n: tmp_path / "out" / n for n in ("flowers-cifar10", "mvtec", "magnetic-tile")}
@@ -601,7 +707,8 @@ def test_benchmark_all_writes_the_ablation(msvae, tmp_path, monkeypatch):
 
 def test_benchmarks_refuse_before_the_work(msvae, tmp_path, monkeypatch):
     """Options that mean nothing, data that are not named, results that would be written over."""
-    monkeypatch.setattr(cli, "_run_benchmark", lambda *_: pytest.fail("began"))
+    for name in registry.BENCHMARKS:
+        monkeypatch.setitem(registry.BENCHMARKS, name, lambda _: pytest.fail("began"))
     out = tmp_path / "out"
     (out / "mvtec").mkdir(parents=True)
     (out / "mvtec" / "config.json").write_text("{}")
@@ -625,11 +732,11 @@ def test_demo(made, msvae, tmp_path, monkeypatch):
         min_steps=4,
         batch_size=8,
         target_fpr=0.2,
-        companion=False,
-        inspector=False,
+        pretext=False,
+        segmenter=False,
     )
     monkeypatch.setitem(config.PRESETS, "default", small)
-    monkeypatch.setattr(workflow, "write_demo", lambda out, **_: plant(out))
+    monkeypatch.setattr(demo_module, "write_demo", lambda out, **_: plant(out))
     monkeypatch.chdir(tmp_path)
     code, out, lines = msvae("demo")
     assert code == 0
@@ -646,6 +753,11 @@ def test_demo(made, msvae, tmp_path, monkeypatch):
 
 MISTAKES = {
     "no image": ("fit gone --out out", "gone: no such file or folder: check the path"),
+    "engine": ("score run normals --engine nonsense", "choose auto, reference, openvino"),
+    "unknown benchmark": (
+        "benchmark imagenet --data-dir . --out out",
+        "choose one of flowers-cifar10, mvtec, magnetic-tile, all",
+    ),
     "no run": ("score gone normals", "gone: is not a run"),
     "preset": ("fit normals --out out --preset big", "choose one of default, seed"),
     "size": ("fit normals --out out --image-size 33", "multiple of"),
@@ -704,7 +816,7 @@ def test_ctrl_c(made, msvae, monkeypatch):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(workflow, "write_explanations", interrupt)
+    monkeypatch.setattr(outputs, "write_explanations", interrupt)
     code, _, lines = msvae("explain", made / "run", made / "normals", "--out", made / "never")
     assert code == 130
     assert len(lines) == 1

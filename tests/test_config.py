@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from msvae.config import (
+from msvae.core.config import (
     PRESETS,
     SECTIONS,
     AugmentConfig,
@@ -20,7 +20,7 @@ from msvae.config import (
     preset,
     to_dict,
 )
-from msvae.errors import ConfigError
+from msvae.core.errors import ConfigError
 
 
 def toml(config):
@@ -232,7 +232,7 @@ HEAVY = ("torch", "numpy", "scipy", "sklearn", "skimage", "matplotlib", "PIL", "
 
 def test_settings_load_without_torch():
     """`msvae` and its settings come without torch or any other heavy library: help is quick."""
-    code = "import sys, msvae, msvae.config; print(*sorted({m.split('.')[0] for m in sys.modules}))"
+    code = "import sys, msvae, msvae.core.config; print(*sorted({m.split('.')[0] for m in sys.modules}))"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     loaded = set(shown.stdout.split())
     assert "msvae" in loaded

@@ -12,10 +12,10 @@ import pytest
 from PIL import Image
 from scipy.io import savemat
 
+from msvae.core.errors import DataError
+from msvae.core.progress import NullProgress
 from msvae.data import datasets, download
 from msvae.data.download import Remote, fetch, unpack
-from msvae.errors import DataError
-from msvae.progress import Silent
 
 FLOWERS = 12
 
@@ -75,7 +75,7 @@ def server(monkeypatch):
     http.server_close()
 
 
-class Watcher(Silent):
+class Watcher(NullProgress):
     """Counts what it is told of."""
 
     def __init__(self) -> None:
@@ -106,7 +106,7 @@ def test_a_broken_connection_is_resumed(server, tmp_path):
     """Within one call the rest is asked for, not the whole."""
     remote = server.remote("a.bin", CONTENT)
     server.break_off_after = [100_000, 200_000]
-    assert fetch(remote, tmp_path, Silent()).read_bytes() == CONTENT
+    assert fetch(remote, tmp_path, NullProgress()).read_bytes() == CONTENT
     assert [r for _, r in server.asked] == [None, "bytes=100000-", "bytes=300000-"]
 
 
@@ -115,9 +115,9 @@ def test_a_broken_download_is_continued_next_time(server, tmp_path):
     remote = server.remote("a.bin", CONTENT)
     server.break_off_after = [1000] * download.ATTEMPTS
     with pytest.raises(DataError, match="run again to continue"):
-        fetch(remote, tmp_path, Silent())
+        fetch(remote, tmp_path, NullProgress())
     assert [p.name for p in tmp_path.iterdir()] == ["a.bin.part"]
-    assert fetch(remote, tmp_path, Silent()).read_bytes() == CONTENT
+    assert fetch(remote, tmp_path, NullProgress()).read_bytes() == CONTENT
     assert server.asked[-1][1] == f"bytes={1000 * download.ATTEMPTS}-"
 
 
@@ -125,14 +125,14 @@ def test_a_server_that_cannot_continue_is_asked_from_the_start(server, tmp_path)
     """A part is thrown away where the server sends everything again."""
     remote, server.ranges = server.remote("a.bin", CONTENT), False
     (tmp_path / "a.bin.part").write_bytes(b"x" * 5000)
-    assert fetch(remote, tmp_path, Silent()).read_bytes() == CONTENT
+    assert fetch(remote, tmp_path, NullProgress()).read_bytes() == CONTENT
 
 
 def test_a_complete_part_needs_nothing_more(server, tmp_path):
     """Interrupted between the last byte and the check: the check is made up for."""
     remote = server.remote("a.bin", CONTENT)
     (tmp_path / "a.bin.part").write_bytes(CONTENT)
-    assert fetch(remote, tmp_path, Silent()).read_bytes() == CONTENT
+    assert fetch(remote, tmp_path, NullProgress()).read_bytes() == CONTENT
 
 
 def test_a_wrong_file_is_refused_and_the_next_try_is_fresh(server, tmp_path):
@@ -140,9 +140,9 @@ def test_a_wrong_file_is_refused_and_the_next_try_is_fresh(server, tmp_path):
     remote = server.remote("a.bin", CONTENT)
     (tmp_path / "a.bin.part").write_bytes(b"x" * 5000)
     with pytest.raises(DataError, match="not the official file"):
-        fetch(remote, tmp_path, Silent())
+        fetch(remote, tmp_path, NullProgress())
     assert list(tmp_path.iterdir()) == []
-    assert fetch(remote, tmp_path, Silent()).read_bytes() == CONTENT
+    assert fetch(remote, tmp_path, NullProgress()).read_bytes() == CONTENT
 
 
 def test_what_cannot_be_fetched_is_said(server, tmp_path):
@@ -155,7 +155,7 @@ def test_what_cannot_be_fetched_is_said(server, tmp_path):
         (tmp_path / "file", remote),
     ):
         with pytest.raises(DataError, match="--data-dir") as caught:
-            fetch(what, where, Silent())
+            fetch(what, where, NullProgress())
         assert "\n" not in str(caught.value)
 
 

@@ -5,10 +5,11 @@ import pytest
 import torch
 from scipy.stats import spearmanr
 
-from msvae import explain, fit
-from msvae import faithfulness as module
-from msvae.compute import to_batch
-from msvae.faithfulness import KINDS, LIMIT, evenly, faithfulness, highest
+from msvae import fit
+from msvae.core.device import to_batch
+from msvae.explain import faithfulness as module
+from msvae.explain.faithfulness import KINDS, LIMIT, evenly, faithfulness, highest
+from msvae.explain.gradcam import _differentiable
 from small import CONFIG, SAME_BITS, SIDE
 
 
@@ -21,7 +22,11 @@ def normal_images(n, seed):
 @pytest.fixture(scope="module")
 def detector():
     """A small detector of coarse squares."""
-    return fit(list(normal_images(60, 0)), config=CONFIG)
+    return fit(list(normal_images(60, 0)), config=CONFIG, engine="reference")
+
+
+def figures_of(detector, pixels, masks=None):
+    return faithfulness(detector.graph.torch_graph(), detector.verdict, pixels, masks)
 
 
 @pytest.fixture(scope="module")
@@ -37,12 +42,11 @@ def spoilt():
 @pytest.fixture(scope="module")
 def figures(detector, spoilt):
     """All figures of the spoilt images."""
-    return faithfulness(detector, *spoilt)
+    return figures_of(detector, *spoilt)
 
 
 def maps_of(detector, pixels):
-    scores, found = detector.run([pixels], with_maps=True)
-    return scores, found
+    return detector.score_pixels([pixels], with_maps=True)
 
 
 def test_every_kind_has_its_figures(figures):
@@ -63,13 +67,15 @@ def test_deletion_by_hand(detector, spoilt, figures):
     gen = torch.Generator().manual_seed(0)
     moves = torch.randint(1, SIDE, (len(pixels), 2), generator=gen).tolist()
 
+    graph = detector.graph.torch_graph()
+
     def fall(i, gone, name):
-        x = torch.from_numpy(pixels[i : i + 1]).permute(0, 3, 1, 2).to(detector.device) / 255
+        x = to_batch(pixels[i : i + 1], next(graph.parameters()).device)
         with torch.inference_mode():
             there = torch.from_numpy(gone).to(x.device)
-            seen = torch.where(there, detector.model(x).recon, x)
-            after = detector.scorer(detector.model.evidence(seen))[name]
-        return scores[name][i] - float(after)
+            replaced = torch.where(there, graph.networks(x).recon, x)
+            after = detector.verdict(graph.numbers_of(replaced).cpu().numpy())[name]
+        return scores[name][i] - float(after[0])
 
     for kind, name in (("structure", "spatial"), ("fused", "fused"), ("spatial", "spatial")):
         here, there = [], []
@@ -117,9 +123,9 @@ def test_rank_correlation_is_scipys():
 
 def test_without_masks_there_is_no_peak(detector, spoilt):
     """The other figures come all the same, and the same again."""
-    first = faithfulness(detector, spoilt[0])
+    first = figures_of(detector, spoilt[0])
     assert all("pointing_game" not in row for row in first.values())
-    assert first == faithfulness(detector, spoilt[0])
+    assert first == figures_of(detector, spoilt[0])
 
 
 def test_the_highest_tenth():
@@ -142,14 +148,14 @@ def test_images_are_chosen_evenly():
 
 @pytest.fixture(scope="module")
 def plain():
-    """A detector of the VAE alone, as the seed preset's: no companion, no inspector."""
-    config = CONFIG.replace(companion=False, inspector=False)
-    return fit(list(normal_images(60, 0)), config=config)
+    """A detector of the VAE alone, as the seed preset's: no pretext network, no segmenter."""
+    config = CONFIG.replace(pretext=False, segmenter=False)
+    return fit(list(normal_images(60, 0)), config=config, engine="reference")
 
 
 def test_a_constant_map_has_no_figures(plain, spoilt):
-    """Nothing is marked without an inspector; its map is not judged."""
-    found = faithfulness(plain, *spoilt)
+    """Nothing is marked without a segmenter; its map is not judged."""
+    found = figures_of(plain, *spoilt)
     assert set(found) == set(KINDS) - {"inspection"}
 
 
@@ -162,14 +168,15 @@ def test_what_is_not_there_has_no_share(plain, spoilt):
 
 
 def test_only_the_vaes_own_embedding_has_gradients(plain, detector, spoilt):
-    """Without a companion the neighbours are told from the encoder's features: the CAM sees them."""
-    for d, seen in ((plain, True), (detector, False)):
+    """Without a pretext network neighbours are those of the encoder's features: the CAM sees them."""
+    for d, own in ((plain, True), (detector, False)):
+        graph = d.graph.torch_graph()
         with torch.no_grad():
-            e = d.model.evidence(to_batch(spoilt[0], d.device))
+            e = graph.networks(to_batch(spoilt[0], next(graph.parameters()).device))
+            maps = graph.maps(e)
         leaf = e.embedding.clone().requires_grad_()
-        told = explain._differentiable(d.scorer, "fused", e, d.scorer.maps(e))(
-            e._replace(embedding=leaf)
-        ).sum()
-        assert told.requires_grad == seen
-        if seen:
-            assert torch.autograd.grad(told, leaf)[0].any()
+        score = _differentiable(graph, d.verdict, "fused", e, maps)
+        total = score(e._replace(embedding=leaf)).sum()
+        assert total.requires_grad == own
+        if own:
+            assert torch.autograd.grad(total, leaf)[0].any()

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from msvae import files
-from msvae.errors import OutputError
-from msvae.files import Spool
+from msvae.core import files
+from msvae.core.errors import OutputError
+from msvae.core.files import DiskArray
 
 
 def full(*_, **__):
@@ -165,32 +165,32 @@ def test_no_rows(tmp_path):
     assert files.read_rows(tmp_path / "empty.csv") == []
 
 
-def test_a_spool_gives_back_what_was_put_in_from_disk():
+def test_a_disk_array_gives_back_what_was_put_in():
     """Batches come back in order, mapped rather than held; an empty batch changes nothing."""
     rng = np.random.default_rng(0)
     batches = [rng.normal(size=(n, 5, 7)).astype(np.float32) for n in (3, 0, 4)]
-    spool = Spool()
+    array = DiskArray()
     for batch in batches:
-        spool.add(batch.swapaxes(1, 2))
-    found = spool.array()
+        array.add(batch.swapaxes(1, 2))
+    found = array.array()
     assert isinstance(found, np.memmap)
     np.testing.assert_array_equal(found, np.concatenate(batches).swapaxes(1, 2))
-    assert Spool().array().shape == (0,)
+    assert DiskArray().array().shape == (0,)
 
 
-def test_a_spool_that_is_given_up_leaves_nothing_open():
+def test_a_disk_array_that_is_given_up_leaves_nothing_open():
     """Where the work between its batches fails, its file goes with it."""
-    spool = Spool()
-    spool.add(np.zeros((1, 2)))
-    file = spool._file
-    del spool
+    array = DiskArray()
+    array.add(np.zeros((1, 2)))
+    file = array._file
+    del array
     assert file.closed
 
 
-def test_a_full_disk_stops_a_spool_with_a_remedy(monkeypatch):
+def test_a_full_disk_stops_a_disk_array_with_a_remedy(monkeypatch):
     """The temporary folder is named, as is what to do."""
-    spool = Spool()
-    spool._file.close()
-    monkeypatch.setattr(spool, "_file", SimpleNamespace(write=full))
+    array = DiskArray()
+    array._file.close()
+    monkeypatch.setattr(array, "_file", SimpleNamespace(write=full))
     with pytest.raises(OutputError, match="No space left"):
-        spool.add(np.zeros((1, 2)))
+        array.add(np.zeros((1, 2)))

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from msvae.core.errors import DataError
 from msvae.data.folder import find_images, find_labelled, find_pairs
-from msvae.errors import DataError
 
 
 def tree(root: Path, *names: str) -> Path:

@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from msvae.core.errors import ImageError
 from msvae.data import images
 from msvae.data.images import digest, load_image, load_mask, name_of, open_image
-from msvae.errors import ImageError
 
 
 def picture(height: int = 20, width: int = 30, seed: int = 0) -> np.ndarray:

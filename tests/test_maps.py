@@ -10,10 +10,11 @@ from scipy.stats import multivariate_normal, norm
 from skimage.transform import resize
 from torch.nn import functional as F
 
-from msvae import maps
-from msvae.evidence import Evidence
-from msvae.maps import SHRINKAGES, Moments, Rarity, ResidualMap, SpatialMap
-from msvae.scorer import at_size
+from msvae.core.evidence import Evidence
+from msvae.ops.filters import blur_matrix, gaussian_blur, resize_bilinear
+from msvae.scores import maps
+from msvae.scores.maps import SHRINKAGES, Rarity, ResidualMap, SpatialMap, at_size
+from msvae.scores.moments import Moments, leave_one_out
 
 
 def rand(*shape, seed=0):
@@ -76,27 +77,27 @@ def test_signed_difference_shows_brighter_as_positive():
 
 @pytest.mark.parametrize("sigma", [0.8, 1.0, 2.3, 4.0])
 @pytest.mark.parametrize("shape", [(32, 32), (24, 40)])
-def test_smooth_is_scipys_gaussian(sigma, shape):
+def test_gaussian_blur_is_scipys(sigma, shape):
     """The same blur as scipy's, cut at three sigma, edges mirrored; each map by itself."""
     given_ = rand(3, *shape)
     expected = [gaussian_filter(m, sigma, mode="mirror", truncate=3) for m in given_.numpy()]
-    close(maps.smooth(given_, sigma), expected)
+    close(gaussian_blur(given_, sigma), expected)
 
 
 @pytest.mark.parametrize("side", [2, 3, 8])
-def test_smooth_serves_tiny_maps(side):
+def test_gaussian_blur_serves_tiny_maps(side):
     """A blur wider than the map is cut to fit, and an even map stays as it is."""
-    close(maps.smooth(torch.full((2, side, side), 0.7), 5.0), np.full((2, side, side), 0.7))
-    assert maps.smooth(rand(2, side, side), 5.0).shape == (2, side, side)
+    close(gaussian_blur(torch.full((2, side, side), 0.7), 5.0), np.full((2, side, side), 0.7))
+    assert gaussian_blur(rand(2, side, side), 5.0).shape == (2, side, side)
 
 
-def test_enlarge_is_bilinear():
+def test_resize_is_bilinear():
     """As scikit-image resizes: pixel centres aligned, not corners."""
     given_ = rand(2, 4, 4)
     expected = [
         resize(m, (16, 16), order=1, mode="edge", anti_aliasing=False) for m in given_.numpy()
     ]
-    close(maps.enlarge(given_, 16), expected)
+    close(resize_bilinear(given_, 16), expected)
 
 
 # Moments.
@@ -145,7 +146,7 @@ def test_left_out_is_near_a_refit_without_the_image(n, dim):
 
     plain = np.array([distance(p, points) for p in points])
     refitted = [distance(p, np.delete(points, i, axis=0)) for i, p in enumerate(points)]
-    ours = maps.left_out(torch.from_numpy(plain), n).numpy()
+    ours = leave_one_out(torch.from_numpy(plain), n).numpy()
     close(ours, refitted, rtol=0.05)
     assert (ours > plain).all()
 
@@ -153,7 +154,7 @@ def test_left_out_is_near_a_refit_without_the_image(n, dim):
 def test_left_out_stays_finite_and_in_order():
     """An image that is nearly all of its own direction does not divide by zero."""
     d = torch.linspace(0, 40, 81)
-    corrected = maps.left_out(d, 30)
+    corrected = leave_one_out(d, 30)
     assert torch.isfinite(corrected).all()
     assert (corrected.diff() > 0).all()
 
@@ -325,10 +326,10 @@ def test_rarity_is_minus_the_log_of_the_share_that_reaches_a_value():
     values = torch.stack([torch.randn(200_000, generator=gen), torch.rand(200_000, generator=gen)])
     rarity = Rarity.fit(values.T)
     line = torch.linspace(-3, 3, 61)
-    told = rarity(torch.stack([line, line.sigmoid()])[:, None])[:, 0]
-    np.testing.assert_allclose(told[0], -norm.logsf(line.numpy()), atol=0.12)
-    np.testing.assert_allclose(told[1], -np.log1p(-line.sigmoid().numpy()), atol=0.05)
-    far = rarity(torch.tensor([[4.0, 6.0, 8.0, 80.0]] * 2)[:, None])[0, 0]
+    nats = rarity(torch.stack([line, line.sigmoid()])[None, :, None])[0, :, 0]
+    np.testing.assert_allclose(nats[0], -norm.logsf(line.numpy()), atol=0.12)
+    np.testing.assert_allclose(nats[1], -np.log1p(-line.sigmoid().numpy()), atol=0.05)
+    far = rarity(torch.tensor([[4.0, 6.0, 8.0, 80.0]] * 2)[None, :, None])[0, 0, 0]
     assert (far.diff() > 1).all()
     assert far[2] - far[1] == pytest.approx(float(far[1] - far[0]), rel=1e-3)
 
@@ -337,18 +338,18 @@ def test_a_constant_map_is_never_rare():
     """A map without its network is zero everywhere and says nothing, whatever comes later."""
     values = torch.zeros(500, 2)
     values[:, 1] = torch.arange(500)
-    told = Rarity.fit(values)(torch.full((2, 1, 2, 2), 400.0))
-    assert not told[0].any()
-    np.testing.assert_allclose(told[1], -np.log(0.2), atol=0.02)
+    nats = Rarity.fit(values)(torch.full((3, 2, 2, 2), 400.0))
+    assert not nats[:, 0].any()
+    np.testing.assert_allclose(nats[:, 1], -np.log(0.2), atol=0.02)
 
 
 def test_what_scoring_keeps_serves_gradients_too():
     """Scored first, explained afterwards: neither the blur nor the table stands in the way."""
-    maps.blurring.cache_clear()
+    blur_matrix.cache_clear()
     rarity = Rarity.fit(torch.rand(500, 1, generator=torch.Generator().manual_seed(0)))
-    x = torch.rand(1, 2, 8, 8)
+    x = torch.rand(2, 1, 8, 8)
     with torch.inference_mode():
-        rarity(x), maps.smooth(x[0], 1.0)
+        rarity(x), gaussian_blur(x, 1.0)
     x.requires_grad_()
-    (rarity(x).sum() + maps.smooth(x[0], 1.0).sum()).backward()
+    (rarity(x).sum() + gaussian_blur(x, 1.0).sum()).backward()
     assert x.grad.isfinite().all()

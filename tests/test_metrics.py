@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binom, binomtest
 
-from msvae import metrics
+from msvae.evaluation import metrics
 
 quick = settings(max_examples=80, deadline=None)
 

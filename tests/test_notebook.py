@@ -9,6 +9,9 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
+import msvae
+from test_docs import public_names
+
 PATH = Path(__file__).parents[1] / "notebooks" / "Multi_Score_VAE_Anomaly_Detection.ipynb"
 SECTIONS = (
     "Installation",
@@ -56,6 +59,13 @@ def test_one_cell_holds_the_seeds_names(notebook):
     (cell,) = (c for c in code(notebook) if "LATENT_DIM =" in c.source)
     for name in (*NAMES.split(), "FLOWERS"):
         assert re.search(rf"^{name} = ", cell.source, re.MULTILINE)
+
+
+def test_it_uses_the_public_face(notebook):
+    """It takes of the package what `msvae.__all__` names, and nothing else."""
+    taken = {name for cell in code(notebook) for name in public_names(cell.source)}
+    assert taken - {"__version__"} <= set(msvae.__all__)
+    assert {"fit", "load", "calibrate", "evaluate", "explain", "report"} <= taken
 
 
 def test_it_is_committed_with_its_outputs(notebook):

@@ -8,7 +8,7 @@ import pytest
 import sklearn.metrics
 from skimage.measure import label
 
-from msvae.pixel_metrics import BINS, SAMPLE, pixel_metrics
+from msvae.evaluation.pixel_metrics import BINS, SAMPLE, pixel_metrics
 
 
 def scene(seed, shapes, levels=None):

@@ -8,9 +8,11 @@ import torch
 from torch.nn import functional as F
 
 from msvae import load
-from msvae import train as training
-from msvae.config import preset
-from msvae.fitting import Part, Parts, fit_parts
+from msvae.core.config import preset
+from msvae.run.fit import fit_parts
+from msvae.run.parts import Part, Parts
+from msvae.scores import fit as learning
+from msvae.training import vae as training
 
 
 def smooth_images(n, seed):
@@ -32,7 +34,8 @@ def fitted(tmp_path_factory):
     config = preset("seed").replace(batch_size=4, epochs=1, min_steps=0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training, "SHORTEST_EPOCH", 2)
-        detector = fit_parts(Parts(part(8, 0), part(1, 1), part(2, 2)), config, folder)
+        patch.setattr(learning, "IMAGINED", 4)
+        detector = fit_parts(Parts(part(8, 0), part(4, 1), part(2, 2)), config, folder)
     yield detector, folder
     shutil.rmtree(folder)
 
@@ -54,10 +57,12 @@ def test_the_seed_preset_fits_saves_loads_and_scores(fitted):
 
 def test_the_seed_preset_has_its_shape(fitted):
     """The stages, the bottleneck and the number of weights of the seed's network."""
-    model = fitted[0].model
+    networks = fitted[0].graph.torch_graph().networks
+    model = networks.vae
     assert [s[0].weight.shape[0] for s in model.stages] == [512, 256, 128]
     assert model.to_mu.weight.shape == model.to_logvar.weight.shape == (128, 128 * 28 * 28)
-    assert model.companion is None
+    assert networks.pretext is None
+    assert networks.segmenter is None
     assert model.dropout.p == 0.1
 
 

@@ -8,14 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from msvae.data.split import (
-    MINIMUM,
-    check_disjoint,
-    group_names,
-    number_gap_groups,
-    split_by_content,
-)
-from msvae.errors import ConfigError, DataError
+from msvae.core.errors import ConfigError, DataError
+from msvae.data.split import MINIMUM, group_names, number_gap_groups, split_by_content
+from msvae.run.leakage import check_disjoint
 
 
 def sha(text: object) -> str:

@@ -4,24 +4,33 @@ import ast
 import errno
 import json
 import os
+import shutil
 import struct
 from contextlib import contextmanager
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
-import torch
 
 import msvae
-from msvae import store
-from msvae.errors import OutputError, RunError
+from msvae import fit, load
+from msvae.core.errors import OutputError, RunError
+from msvae.run import store
+from msvae.scores.catalog import MAPS, NUMBERS
+from small import CONFIG
 
-NAMES = ("model.safetensors", "calibration.safetensors", "split.csv", "environment.json")
+NAMES = (
+    *("model.safetensors", "calibration.safetensors", "split.csv", "environment.json"),
+    *("graph.xml", "graph.bin"),
+)
+LARGE = 4096  # bytes: so small a constant may lie in the graph as well
+GRAPH = {"graph.xml": b"<net>\n</net>", "graph.bin": bytes(range(256))}
 
 
 def tensors(value=1.0):
-    gen = torch.Generator().manual_seed(0)
-    return {"w": torch.rand(4, 3, generator=gen), "v": torch.full((2,), value)}
+    rng = np.random.default_rng(0)
+    return {"w": rng.random((4, 3), dtype=np.float32), "v": np.full(2, value, np.float32)}
 
 
 @pytest.fixture
@@ -34,6 +43,7 @@ def folder(tmp_path):
         {"model.safetensors": tensors(), "calibration.safetensors": tensors()},
         {"split.csv": [{"path": "a.png", "part": "train"}], "history.csv": [{"epoch": 1}]},
         {"environment.json": {"python": "3"}},
+        GRAPH,
     )
     return where
 
@@ -57,31 +67,35 @@ def refused(where, name, words):
 
 
 def test_a_run_comes_back(folder):
-    """Facts and tensors are those that were saved, and nothing lies about besides."""
+    """Facts, tensors and bytes are those that were saved, and nothing lies about besides."""
     check(folder)
     facts = store.read_facts(folder)
-    assert (facts["decision"], facts["n"], facts["format"]) == ("old", 3, 5)
-    back = store.read_tensors(folder / "model.safetensors")
-    assert all(torch.equal(v, back[k]) for k, v in tensors().items())
+    assert (facts["decision"], facts["n"], facts["format"]) == ("old", 3, 6)
+    back = store.read_arrays(folder / "model.safetensors")
+    assert all(np.array_equal(v, back[k]) for k, v in tensors().items())
+    assert {name: (folder / name).read_bytes() for name in GRAPH} == GRAPH
     assert {p.name for p in folder.iterdir()} == {*NAMES, "history.csv", "config.json"}
     assert store.is_run(folder)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.int64, torch.uint8])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.int64, np.uint8])
 def test_tensors_keep_every_bit(folder, dtype):
     """Whatever the type and the memory layout, the values are the same."""
-    value = torch.arange(48).to(dtype).view(2, 2, 4, 3).permute(0, 3, 1, 2)
-    store.update_run(folder, {}, "model.safetensors", {"x": value})
-    back = store.read_tensors(folder / "model.safetensors")["x"]
-    assert back.dtype == dtype
-    assert torch.equal(back, value)
+    value = np.arange(48).astype(dtype).reshape(2, 2, 4, 3).transpose(0, 3, 1, 2)
+    number = np.array(7, dtype)  # has no axis: it stays one
+    store.update_run(folder, {}, "model.safetensors", {"x": value, "n": number})
+    back = store.read_arrays(folder / "model.safetensors")
+    for name, expected in (("x", value), ("n", number)):
+        assert back[name].dtype == dtype
+        assert back[name].shape == expected.shape
+        np.testing.assert_array_equal(back[name], expected)
 
 
 @pytest.mark.parametrize("value", [{"a": [1, 2.5, None]}, ["ü", 'q"'], (), 0.1 + 0.2])
 def test_facts_travel_in_a_tensor(value):
     """JSON packed into bytes comes back as JSON."""
     packed = store.pack(value)
-    assert packed.dtype == torch.uint8
+    assert packed.dtype == np.uint8
     assert store.unpack(packed) == json.loads(json.dumps(value))
 
 
@@ -91,7 +105,7 @@ def test_a_checkpoint_comes_back(tmp_path):
     back, facts = store.read_checkpoint(tmp_path)
     assert facts == {"epoch": 4}
     assert back.keys() == tensors().keys()
-    assert all(torch.equal(v, back[k]) for k, v in tensors().items())
+    assert all(np.array_equal(v, back[k]) for k, v in tensors().items())
 
 
 # What is not whole is refused.
@@ -131,11 +145,23 @@ def test_the_history_may_grow(folder):
 def test_a_newer_format_is_refused(folder):
     """A run of a later msvae: both versions are named, and updating is the remedy."""
     facts = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(facts | {"format": 6}))
-    with pytest.raises(RunError, match=r"format 6.*reads 5: update msvae") as caught:
+    (folder / "config.json").write_text(json.dumps(facts | {"format": 7}))
+    with pytest.raises(RunError, match=r"format 7.*reads 6: update msvae") as caught:
         check(folder)
     assert str(folder) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_run_of_before_is_refused(folder):
+    """A run of format 5: in one line, with the version that reads it."""
+    facts = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(facts | {"format": 5}))
+    with pytest.raises(RunError) as caught:
+        load(folder)
+    text = str(caught.value)
+    assert text.startswith(f"{folder}: has run format 5, this msvae reads 6:")
+    assert "msvae 0.1.0 of commit 47b9380 reads it, or fit again" in text
+    assert "\n" not in text
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", "3", '"x"', "\udcff"])
@@ -159,7 +185,7 @@ def test_what_is_no_safetensors_file_is_refused(tmp_path, data):
     path = tmp_path / "model.safetensors"
     path.write_bytes(data)
     with pytest.raises(RunError) as caught:
-        store.read_tensors(path)
+        store.read_arrays(path)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -167,7 +193,7 @@ def test_what_is_no_safetensors_file_is_refused(tmp_path, data):
 def test_an_absent_tensor_file_is_refused(tmp_path):
     """Named as one that cannot be read."""
     with pytest.raises(RunError, match=r"model\.safetensors: cannot be read"):
-        store.read_tensors(tmp_path / "model.safetensors")
+        store.read_arrays(tmp_path / "model.safetensors")
 
 
 # No moment leaves a torn run.
@@ -210,7 +236,7 @@ def test_a_crash_in_an_update_leaves_a_whole_run(folder, monkeypatch, count, aft
     with crash_at(monkeypatch, count, after=after):
         update(folder)
     check(folder)
-    value = store.read_tensors(folder / "calibration.safetensors")["v"][0]
+    value = store.read_arrays(folder / "calibration.safetensors")["v"][0]
     replaced = count + after >= 2
     assert value == (2 if replaced else 1)
     assert store.read_facts(folder)["decision"] == ("new" if count + after == 3 else "old")
@@ -219,7 +245,7 @@ def test_a_crash_in_an_update_leaves_a_whole_run(folder, monkeypatch, count, aft
     facts = store.read_facts(folder)
     assert facts["decision"] == "new"
     assert isinstance(facts["checksums"]["calibration.safetensors"], str)
-    assert store.read_tensors(folder / "calibration.safetensors")["v"][0] == 2
+    assert store.read_arrays(folder / "calibration.safetensors")["v"][0] == 2
 
 
 def test_after_an_update_the_old_tensors_are_refused(folder):
@@ -239,7 +265,7 @@ def test_an_update_leaves_the_rest(folder):
     assert store.read_facts(folder)["n"] == 3
 
 
-@pytest.mark.parametrize("count", range(6))
+@pytest.mark.parametrize("count", range(8))
 def test_a_crash_in_a_first_save_leaves_no_run(tmp_path, monkeypatch, count):
     """Until `config.json` stands, the folder is not a run and does not pretend to be one."""
     parts = {"model.safetensors": tensors(), "calibration.safetensors": tensors()}
@@ -251,11 +277,17 @@ def test_a_crash_in_a_first_save_leaves_no_run(tmp_path, monkeypatch, count):
             parts,
             tables,
             {"environment.json": {}},
+            GRAPH,
         )
     assert not store.is_run(tmp_path / "run")
     assert not [p for p in (tmp_path / "run").iterdir() if p.name.startswith(".")]
     store.save_run(
-        tmp_path / "run", {"config": {}, "decision": {}}, parts, tables, {"environment.json": {}}
+        tmp_path / "run",
+        {"config": {}, "decision": {}},
+        parts,
+        tables,
+        {"environment.json": {}},
+        GRAPH,
     )
     check(tmp_path / "run")
 
@@ -264,7 +296,7 @@ def test_a_crash_while_saving_over_a_run_never_loads_a_mixture(folder, monkeypat
     """Half old, half new: refused by the checksum of the old settings."""
     with crash_at(monkeypatch, 1, after=False):
         parts = {"model.safetensors": tensors(5.0), "calibration.safetensors": tensors(5.0)}
-        store.save_run(folder, {}, parts, {}, {})
+        store.save_run(folder, {}, parts, {}, {}, {})
     refused(folder, "model.safetensors", "checksum")
 
 
@@ -281,7 +313,7 @@ def test_a_full_disk_leaves_the_old_run_whole(folder, monkeypatch):
     monkeypatch.setattr(os, "fsync", fsync)
     parts = {"model.safetensors": tensors(5.0), "calibration.safetensors": tensors(5.0)}
     with pytest.raises(OutputError, match="No space left"):
-        store.save_run(folder, {}, parts, {"split.csv": [{"path": "a"}]}, {})
+        store.save_run(folder, {}, parts, {"split.csv": [{"path": "a"}]}, {}, {})
     check(folder)
     assert store.read_facts(folder)["n"] == 3
     assert not [p for p in folder.iterdir() if p.name.startswith(".")]
@@ -343,8 +375,79 @@ def test_files_hold_plain_numbers(folder):
             entry, raw = parsed[key]
             assert entry["dtype"] == "F32"
             plain = np.frombuffer(raw, "<f4").reshape(entry["shape"])
-            np.testing.assert_array_equal(plain, value.numpy())
+            np.testing.assert_array_equal(plain, value)
     for path in folder.iterdir():
-        if path.suffix != ".safetensors":
-            assert path.suffix in (".csv", ".json")
+        if path.suffix not in (".safetensors", ".bin"):
+            assert path.suffix in (".csv", ".json", ".xml")
             path.read_text(encoding="utf-8")
+
+
+# A run that was fitted.
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run with every network."""
+    rng = np.random.default_rng(0)
+    coarse = rng.integers(60, 200, (40, 8, 8, 3)).astype(np.uint8)
+    where = tmp_path_factory.mktemp("fitted") / "run"
+    fit(list(coarse.repeat(4, axis=1).repeat(4, axis=2)), where, config=CONFIG)
+    return where
+
+
+def copied(run, where, change):
+    """A copy of the run whose settings were changed by hand."""
+    shutil.copytree(run, where)
+    facts = json.loads((where / "config.json").read_text())
+    change(facts)
+    (where / "config.json").write_text(json.dumps(facts))
+    return where
+
+
+def test_a_run_names_its_numbers_and_maps(run):
+    """The columns that the graph gives stand in the settings, in their order."""
+    facts = json.loads((run / "config.json").read_text())
+    assert facts["graph"] == {"numbers": list(NUMBERS), "maps": list(MAPS)}
+
+
+def swap(facts):
+    names = facts["graph"]["numbers"]
+    names[0], names[1] = names[1], names[0]
+
+
+CHANGES = {
+    "another order": swap,
+    "one less": lambda facts: facts["graph"]["maps"].pop(),
+    "one more": lambda facts: facts["graph"]["numbers"].append("novelty"),
+    "renamed": lambda facts: facts["graph"]["maps"].__setitem__(1, "error"),
+    "none": lambda facts: facts.pop("graph"),
+}
+
+
+@pytest.mark.parametrize("kind", CHANGES)
+def test_a_run_of_other_columns_is_refused(run, tmp_path, kind):
+    """Columns go by name: a run of other scores, or in another order, is never read by position."""
+    where = copied(run, tmp_path / "run", CHANGES[kind])
+    with pytest.raises(RunError) as caught:
+        load(where)
+    text = str(caught.value)
+    assert text == f"{where}: has other scores, statistics or maps than this msvae: fit it again"
+
+
+def test_a_run_stays_small(run):
+    """No tensor lies on the disk twice: the graph names the weights, and keeps what is its own once."""
+    arrays = store.read_arrays(run / "model.safetensors")
+    data = (run / "graph.bin").read_bytes()
+    weights = [a.tobytes() for a in arrays.values() if a.nbytes >= LARGE]
+    layers = ElementTree.parse(run / "graph.xml").getroot().find("layers")
+    spans = {
+        (int(d.attrib["offset"]), int(d.attrib["size"]))
+        for d in layers.iter("data")
+        if "offset" in d.attrib
+    }
+    own = [data[start : start + size] for start, size in spans if size >= LARGE]
+    assert len(weights) > 20
+    assert sum(size for _, size in spans) == len(data)
+    assert len(set(own)) == len(own)
+    assert not set(own) & set(weights)
+    assert len(data) < 0.05 * sum(map(len, weights))

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from msvae.errors import DataError, ImageError
-from msvae.table import ScoreTable, write_quarantine
+from msvae.core.errors import DataError, ImageError
+from msvae.evaluation.table import ScoreTable, write_quarantine
 
 floats = st.floats(allow_nan=False)
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)

@@ -7,23 +7,18 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from msvae import store
-from msvae.compute import to_batch
-from msvae.config import AugmentConfig, Config, TrainConfig
-from msvae.errors import TrainingError
-from msvae.model import VAE
-from msvae.train import (
-    State,
-    Trainer,
-    learning_rate,
-    train,
-)
+from msvae.core.config import AugmentConfig, Config, TrainConfig
+from msvae.core.device import to_batch
+from msvae.core.errors import TrainingError
+from msvae.networks.vae import VAE
+from msvae.run.checkpoint import CheckpointWriter, resumed
+from msvae.training.vae import Trainer, learning_rate, train
 
 SMALL = Config().replace(
     image_size=16,
     hidden_dims=(6, 8),
     latent_dim=4,
-    companion=False,
+    pretext=False,
     epochs=3,
     min_steps=0,
     batch_size=4,
@@ -117,8 +112,8 @@ def test_same_seed_same_bits_another_seed_others():
 
 def stop_losses(monkeypatch, values):
     """Let the stop part tell these losses, one an epoch."""
-    told = iter(values)
-    monkeypatch.setattr(Trainer, "stop_loss", lambda self, pixels: next(told))
+    losses = iter(values)
+    monkeypatch.setattr(Trainer, "stop_loss", lambda self, pixels: next(losses))
 
 
 @pytest.mark.parametrize(
@@ -155,8 +150,8 @@ def test_the_stop_loss_is_the_loss_of_the_mean():
     loss = Trainer(model, config, 24).stop_loss(STOP)
     model.eval()
     with torch.inference_mode():
-        e = model(to_batch(STOP, torch.device("cpu")))
-    x, recon, mu, logvar = (t.double().numpy() for t in e[:4])
+        x = to_batch(STOP, torch.device("cpu"))
+        x, recon, mu, logvar = (t.double().numpy() for t in (x, *model(x)[:3]))
     error = ((x - recon) ** 2).sum(axis=(1, 2, 3))
     rate = 0.5 * (mu**2 + np.exp(logvar) - 1 - logvar).sum(axis=1)
     assert loss == pytest.approx((error + rate).mean() / (3 * 16 * 16), rel=1e-5)
@@ -184,19 +179,18 @@ def test_killed_and_resumed_is_bit_equal(tmp_path, epoch, precision):
     config = SMALL.replace(**HARD, precision=precision)
     whole, uninterrupted = trained(config)
 
+    writer = CheckpointWriter(tmp_path, {"images": ["a"]})
+
     def save(state):
-        store.write_checkpoint(tmp_path, state.tensors, {"epoch": state.epoch})
+        writer(state)
         if state.epoch == epoch:
-            saved.update(best_epoch=state.best_epoch, best_loss=state.best_loss)
-            saved.update(history=list(state.history))
+            writer.flush()
             raise KilledError
 
-    saved = {}
     with pytest.raises(KilledError):
         trained(config, save=save)
-    tensors, facts = store.read_checkpoint(tmp_path)
-    resumed, state = trained(config, state=State(**facts, **saved, tensors=tensors))
-    assert same_weights(whole, resumed)
+    model, state = trained(config, state=resumed(tmp_path, {"images": ["a"]}))
+    assert same_weights(whole, model)
     assert state.best_epoch == uninterrupted.best_epoch
 
     def plain(history):

@@ -16,10 +16,10 @@ import numpy as np
 import PIL
 from numpy.typing import NDArray
 
-from msvae.config import Resize
+from msvae.core.config import Resize
+from msvae.core.errors import DataError, ImageError
+from msvae.core.progress import NullProgress, Progress
 from msvae.data.images import Pixels, Source, digest, load_image, name_of, read_bytes
-from msvae.errors import DataError, ImageError
-from msvae.progress import Progress, Silent
 
 VERSION = 4
 WINDOW = 256  # images decoded ahead at most
@@ -62,14 +62,6 @@ class Decoded:
         return Selected(self.pixels, np.array(rows, dtype=np.int64))
 
 
-def default_cache_dir() -> Path:
-    """`MSVAE_CACHE`, else `msvae` in the user's cache folder."""
-    if given := os.environ.get("MSVAE_CACHE"):
-        return Path(given)
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "msvae"
-
-
 def decode(
     sources: Sequence[Source],
     size: int,
@@ -83,7 +75,7 @@ def decode(
     The cache is found by the contents, so a changed file is a new entry; images in memory are not
     cached. Raises `DataError` when no image at all could be read.
     """
-    progress = progress or Silent()
+    progress = progress or NullProgress()
     if not len(sources):
         raise DataError("no image was given: name at least one")
     if cache is None or not all(isinstance(s, str | Path) for s in sources):

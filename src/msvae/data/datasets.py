@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from msvae.data.cache import default_cache_dir
+from msvae.core.errors import DataError
+from msvae.core.files import cache_dir
+from msvae.core.progress import NullProgress, Progress
 from msvae.data.download import Remote, fetch, unpack
 from msvae.data.folder import Sample, find_images, mask_beside
 from msvae.data.images import Pixels
-from msvae.errors import DataError
-from msvae.progress import Progress, Silent
 
 _VGG = "https://www.robots.ox.ac.uk/~vgg/data/flowers/102"
 FLOWERS_ARCHIVE = Remote(f"{_VGG}/102flowers.tgz", "52808999861908f626f3c1f4e79d11fa")
@@ -24,7 +24,6 @@ CIFAR_ARCHIVE = Remote(
 )
 CIFAR_RECORD = 1 + 3 * 32 * 32  # bytes: the label, then the planes R, G, B
 CIFAR_IMAGES = 10_000  # of one batch
-
 Indices = NDArray[np.int64]
 
 
@@ -71,7 +70,7 @@ def flowers102(
     if folder is None or not (folder / "jpg").is_dir() or not _labels_of(folder).is_file():
         if not download:
             raise DataError(f"{base}: holds no flowers-102/jpg with setid.mat: allow the download")
-        folder = _fetch_flowers(folder or base / "flowers-102", progress or Silent())
+        folder = _fetch_flowers(folder or base / "flowers-102", progress or NullProgress())
     labels = _mat(_labels_of(folder), "labels") - 1
     paths = tuple(folder / "jpg" / f"image_{i + 1:05d}.jpg" for i in range(len(labels)))
     _refuse_missing(paths)
@@ -115,7 +114,7 @@ def cifar10(
     if folder is None:
         if not download:
             raise DataError(f"{base}: holds no cifar-10-batches-bin/{name}: allow the download")
-        archive = fetch(CIFAR_ARCHIVE, base, progress or Silent())
+        archive = fetch(CIFAR_ARCHIVE, base, progress or NullProgress())
         folder = unpack(archive, "cifar-10-batches-bin", base)
     here = (folder / name).is_file()
     return _cifar_batch(
@@ -178,24 +177,37 @@ def magnetic_tile(data_dir: str | Path) -> MagneticTile:
 
 def mvtec(data_dir: str | Path, category: str) -> Path:
     """The tree of one MVTec AD category below `data_dir`, or below an `mvtec*` folder in it."""
+    trees = mvtec_categories(data_dir)
+    if category not in trees:
+        raise DataError(
+            f"{data_dir}: holds no MVTec category {category!r}: there is {', '.join(trees)} "
+            "(MVTec AD is to be had from mvtec.com)"
+        )
+    return trees[category]
+
+
+def mvtec_categories(data_dir: str | Path) -> dict[str, Path]:
+    """The trees of all MVTec AD categories below `data_dir`, or below an `mvtec*` folder in it.
+
+    In the order of their names; `DataError` where there is none.
+    """
     base = Path(data_dir)
     if not base.is_dir():
         raise DataError(f"{base}: no such folder: name the one that holds MVTec AD")
     roots = [base, *sorted(p for p in base.glob("mvtec*") if p.is_dir())]
-    found = {
+    trees = {
         p.name: p for r in reversed(roots) for p in r.glob("*") if (p / "train" / "good").is_dir()
     }
-    if category not in found:
-        there = ", ".join(sorted(found)) or "none at all"
+    if not trees:
         raise DataError(
-            f"{base}: holds no MVTec category {category!r}: there is {there} (MVTec AD is to be "
-            "had from mvtec.com)"
+            f"{base}: holds no MVTec category: there is none at all (MVTec AD is to be had from "
+            "mvtec.com)"
         )
-    return found[category]
+    return dict(sorted(trees.items()))
 
 
 def _base(data_dir: str | Path | None) -> Path:
-    return default_cache_dir() / "data" if data_dir is None else Path(data_dir)
+    return cache_dir() / "data" if data_dir is None else Path(data_dir)
 
 
 def _first(*folders: Path, having: str) -> Path | None:

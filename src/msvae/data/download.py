@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from http.client import HTTPException, HTTPResponse
 from pathlib import Path
 
-from msvae.errors import DataError
-from msvae.progress import Progress
+from msvae.core.errors import DataError
+from msvae.core.progress import Progress
 
 CHUNK = 1 << 18  # bytes
 ATTEMPTS = 3

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from msvae.errors import DataError
+from msvae.core.errors import DataError
 
 IMAGE_SUFFIXES = frozenset(
     {".png", ".jpg", ".jpeg", ".jpe", ".bmp", ".tif", ".tiff", ".webp", ".gif"}
@@ -26,7 +26,7 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Found:
+class ImageListing:
     """Images that were found, and a note on what was chosen and what passed over."""
 
     names: tuple[str, ...]  # a `Path` takes four times the memory of its name
@@ -43,7 +43,7 @@ def is_image(path: Path) -> bool:
     return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
 
 
-def find_images(where: str | Path | Sequence[str | Path]) -> Found:
+def find_images(where: str | Path | Sequence[str | Path]) -> ImageListing:
     """The images of a folder, a file, a glob pattern, or a list of these.
 
     Of a folder with `train/good` exactly that is used; of others everything below, but a PNG beside
@@ -54,22 +54,22 @@ def find_images(where: str | Path | Sequence[str | Path]) -> Found:
         names = tuple(dict.fromkeys(n for part in parts for n in part.names))
         if not names:
             raise DataError("the list of images is empty: name at least one")
-        return parts[0] if len(parts) == 1 else Found(names, f"{len(names)} images")
+        return parts[0] if len(parts) == 1 else ImageListing(names, f"{len(names)} images")
     path = Path(where)
     if path.is_dir():
         return _in_folder(path)
     if path.is_file():
-        return Found((str(path),), str(path))
+        return ImageListing((str(path),), str(path))
     matches = (Path(m) for m in glob.iglob(str(where), recursive=True))  # noqa: PTH207 (absolute patterns)
     images = _in_order(str(m) for m in matches if m.is_file() and is_image(m))
     if images:
-        return Found(tuple(images), f"{where}: {len(images)} images")
+        return ImageListing(tuple(images), f"{where}: {len(images)} images")
     if any(c in str(where) for c in "*?["):
         raise DataError(f"{where}: matches no image: check the pattern")
     raise DataError(f"{where}: no such file or folder: check the path")
 
 
-def _in_folder(folder: Path) -> Found:
+def _in_folder(folder: Path) -> ImageListing:
     good = folder / "train" / "good"
     root = good if good.is_dir() else folder
     names, masks = _apart(_below(root))
@@ -78,7 +78,7 @@ def _in_folder(folder: Path) -> Found:
     note = f"{root}: {len(names)} images"
     if root is good:
         note += " (train/good, and nothing else of the tree)"
-    return Found(tuple(names), note + (f", {masks} masks skipped" if masks else ""))
+    return ImageListing(tuple(names), note + (f", {masks} masks skipped" if masks else ""))
 
 
 def _below(root: Path) -> list[str]:

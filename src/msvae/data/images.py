@@ -2,7 +2,10 @@
 
 import hashlib
 import io
+import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -11,19 +14,25 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-from msvae.config import Resize
-from msvae.errors import ImageError
-from msvae.quiet import quiet
+from msvae.core.config import Resize
+from msvae.core.errors import ImageError
 
 Source = str | Path | Image.Image | NDArray[Any]
+_FILTERS = threading.Lock()  # of warnings: they belong to the process, one thread at a time
 SMALLEST = 8  # px
 TURNED = range(2, 9)  # EXIF orientations that are not upright
 GAP = 1.9  # Pillow's thumbnails keep 2; photographs of 500 px then miss a step by 12 px
-
 FRACTIONS = (8, 4, 2, 1)  # of its size, at which a JPEG is decoded
 PLAIN = ("YCbCr", "Gray")  # colours of a JPEG that need no second look
-
 Pixels = NDArray[np.uint8]
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Within it no warning is shown; what else the filters should do may be added."""
+    with _FILTERS, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def name_of(source: Source, index: int) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from msvae.errors import ConfigError, DataError
+from msvae.core.errors import ConfigError, DataError
 
 CONFORMAL = 0.15
 STOP = 0.05
@@ -115,22 +115,3 @@ def _last_number(name: str) -> int:
     if not digits:
         raise DataError(f"{name}: has no number to group it by: rename it, or group otherwise")
     return int(digits[-1])
-
-
-def check_disjoint(
-    fitted: Sequence[str],
-    tested: Sequence[str],
-    names: Sequence[str],
-    fitted_names: Sequence[str] | None = None,
-) -> None:
-    """Raise `DataError` naming a test image whose content the model was fitted on.
-
-    `names` are those of the tested images; with `fitted_names` the other copy is named too.
-    """
-    known = dict(zip(fitted, fitted_names or ["an image of the run"] * len(fitted), strict=True))
-    copies = [(name, known[c]) for c, name in zip(tested, names, strict=True) if c in known]
-    if copies:
-        raise DataError(
-            f"{copies[0][0]}: has the content of {copies[0][1]}, which was fitted on "
-            f"({len(copies)} such test images): take them out of one side"
-        )

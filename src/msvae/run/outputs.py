@@ -1,0 +1,83 @@
+"""Pictures and numbers that a run writes beside its table: maps and explanations."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from msvae.core import files
+from msvae.core.errors import DataError, ImageError
+from msvae.core.progress import NullProgress, Progress
+from msvae.data.folder import find_images
+from msvae.data.images import (
+    open_image,
+    squared,
+)
+from msvae.evaluation.table import write_quarantine
+from msvae.explain import explanation
+from msvae.run.detector import Detector, load
+from msvae.run.score import EachMap, Maps
+from msvae.viz import curves as figures
+from msvae.viz import overlays as pictures
+
+MAP_SIDE = 512  # px of a map's picture at most
+
+
+def map_writer(out: Path, paths: Sequence[str], detector: Detector) -> EachMap:
+    """Writes the fused map of each image it is given: `<stem>.png` to look at, `<stem>.tiff` floats.
+
+    The picture is at most 512 px a side; the TIFF holds the values at the model's resolution.
+    """
+    stems = files.unique_stems(paths)
+    c = detector.config.model
+    level, _ = detector.calibration.map_level()
+
+    def write(name: str, maps: Maps) -> None:
+        fused = maps["fused"]
+        whole = squared(open_image(name), c.resize)
+        image = pictures.shrink(np.asarray(whole), MAP_SIDE)
+        low = float(np.median(fused))
+        drawn = pictures.overlay(image, fused, low, max(level, float(fused.max()), low + 1e-6))
+        files.write_bytes(out / f"{stems[name]}.png", pictures.as_bytes(drawn, "PNG"))
+        files.write_bytes(out / f"{stems[name]}.tiff", pictures.as_bytes(fused, "TIFF"))
+
+    return write
+
+
+def explain(
+    run: str | Path,
+    images: str | Path | Sequence[str | Path],
+    out: str | Path,
+    *,
+    progress: Progress | None = None,
+) -> list[Path]:
+    """Why each image is flagged or not: `<stem>.png` and `<stem>.json` in `out`; returns the pictures.
+
+    `images` are files, folders or globs. A hash of the path is in the stem where stems collide.
+    Images that cannot be read are named in `out`/quarantine.csv; `DataError` where none can.
+    """
+    return write_explanations(load(run), find_images(images).names, Path(out), progress)
+
+
+def write_explanations(
+    detector: Detector, paths: Sequence[str], out: Path, progress: Progress | None = None
+) -> list[Path]:
+    """The pictures and numbers of `explain`, by a detector that is loaded."""
+    stems = files.unique_stems(paths)
+    written, refused = list[Path](), list[ImageError]()
+    for path in (progress or NullProgress()).track(paths, "explaining", len(paths)):
+        try:
+            explained = detector.explain(path)
+        except ImageError as error:
+            refused.append(error)
+            continue
+        target = out / f"{stems[path]}.png"
+        files.write_bytes(target, figures.as_bytes(explanation.figure(explained), "png"))
+        files.write_json(target.with_suffix(".json"), explained.to_json())
+        written.append(target)
+    if not written:
+        raise DataError(f"none of {len(paths)} images could be read, first {refused[0]}")
+    (out / "quarantine.csv").unlink(missing_ok=True)  # an earlier command's
+    if refused:
+        write_quarantine(out / "quarantine.csv", refused)
+    return written

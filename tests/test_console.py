@@ -1,0 +1,138 @@
+"""What is shown while something takes long: lines in a log, bars in a terminal."""
+
+import io
+
+import pytest
+from rich.console import Console
+
+from msvae.cli import console
+from msvae.cli.console import BarProgress, LineProgress, Screen
+from msvae.core.progress import during
+
+BARS = "━╸╺█▏▎▍▌▋▊▉\r\x1b"
+
+
+class Clock:
+    """A clock that the test turns."""
+
+    def __init__(self):
+        self.now = 100.0
+
+    def monotonic(self):
+        """The time."""
+        return self.now
+
+    def over(self, items, seconds):
+        """The items, each of which takes so many seconds before the next is asked for."""
+        for item in items:
+            yield item
+            self.now += seconds
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    turned = Clock()
+    monkeypatch.setattr(console, "time", turned)
+    return turned
+
+
+@pytest.fixture
+def log():
+    """A log file of 40 columns: too narrow for the lines, none of which may be broken."""
+    return io.StringIO()
+
+
+def lines_of(log):
+    text = log.getvalue()
+    assert not set(text) & set(BARS)
+    return text.splitlines()
+
+
+def spend(progress, clock, count, seconds, task="training"):
+    """A loop of so many steps that take so many seconds each; what it went over."""
+    done = []
+    for i in progress.track(range(count), task, count):
+        done.append(i)
+        clock.now += seconds
+    return done
+
+
+def test_a_log_gets_a_line_now_and_then_and_the_end(clock, log):
+    """Every ten seconds how far it is, then that it is done; no bars, nothing between."""
+    progress = LineProgress(Console(file=log, width=40))
+    assert spend(progress, clock, 9, 4) == list(range(9))
+    assert lines_of(log) == [
+        "training: 3 of 9, 12 s",
+        "training: 6 of 9, 24 s",
+        "training: 9 of 9, 36 s",
+        "training: done, 9 in 36 s",
+    ]
+
+
+def test_a_log_is_spared_what_is_short(clock, log):
+    """Below two seconds nothing; from then on at least the end."""
+    progress = LineProgress(Console(file=log, width=40))
+    spend(progress, clock, 19, 0.1, "short")
+    spend(progress, clock, 10, 0.2, "long")
+    assert lines_of(log) == ["long: done, 10 in 2 s"]
+
+
+def test_a_log_says_every_step_if_asked(clock, log):
+    """With 0 seconds between two lines each step is one; thousands have a comma."""
+    progress = LineProgress(Console(file=log, width=40), seconds=0)
+    progress.note("loss 0.5 [bold]")
+    spend(progress, clock, 2, 1)
+    assert lines_of(log)[:2] == [
+        "training: 1 of 2, 1 s; loss 0.5 [bold]",
+        "training: 2 of 2, 2 s; loss 0.5 [bold]",
+    ]
+    spend(progress, clock, 1200, 0, "many")
+    assert "many: 1,199 of 1,200, 0 s; loss 0.5 [bold]" in lines_of(log)
+
+
+def test_a_single_long_step_is_said(clock, log):
+    """What is one call, such as making the graph, is no silence in a log either."""
+
+    def work():
+        clock.now += 5
+        return "made"
+
+    assert during(LineProgress(Console(file=log)), "making the graph", work) == "made"
+    assert lines_of(log) == ["making the graph: done, 1 in 5 s"]
+
+
+def test_tasks_within_tasks(clock, log):
+    """Each has its own count and its own end."""
+    progress = LineProgress(Console(file=log), seconds=3)
+    during(progress, "fitting scores", lambda: spend(progress, clock, 2, 4, "learning scores"))
+    assert lines_of(log) == [
+        "learning scores: 1 of 2, 4 s",
+        "learning scores: 2 of 2, 8 s",
+        "learning scores: done, 2 in 8 s",
+        "fitting scores: 1 of 1, 8 s",
+        "fitting scores: done, 1 in 8 s",
+    ]
+
+
+def test_bars_move_in_a_terminal():
+    """The bar of a task is there while it lasts, with its count and the latest words."""
+    file = io.StringIO()
+    terminal = Console(file=file, force_terminal=True, width=120, legacy_windows=False)
+    progress = BarProgress(terminal)
+    for i in progress.track(range(3), "training", 3):
+        progress.note(f"loss [{i}]")
+        progress._bars.refresh()
+    text = file.getvalue()
+    assert "training" in text
+    for i in range(3):
+        assert f"{i}/3" in text
+        assert f"loss [{i}]" in text
+    assert not progress._bars.task_ids
+
+
+def test_a_terminal_gets_bars_and_a_file_lines(monkeypatch):
+    """By what stderr is."""
+    monkeypatch.setenv("TTY_COMPATIBLE", "0")
+    assert isinstance(Screen().progress, LineProgress)
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    assert isinstance(Screen().progress, BarProgress)
