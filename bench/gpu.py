@@ -11,13 +11,13 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench.material import Material
-from bench.peers import Peer
+from bench.peers import Peers
 from bench.rows import Once, Row, compared, interleaved, rates, timed
 from bench.scoring import against_ideal
 from bench.training import bare, bare_steps, loop
-from msvae.compute import batch_of, choose_device, to_batch
-from msvae.config import preset
-from msvae.fitting import fit
+from msvae.core.config import preset
+from msvae.core.device import batch_size, choose_device, to_batch
+from msvae.run.fit import fit
 
 SEED = preset("seed")
 STEPS, EPOCHS = 32, 2  # of an epoch of the loop; of a round
@@ -40,7 +40,7 @@ def operations(work: Callable[[], object]) -> int:
     return counter.get_total_flops()
 
 
-def rows(material: Material, peers: dict[str, Peer]) -> Iterator[Row]:
+def rows(material: Material, peers: Peers) -> Iterator[Row]:
     """Every row about the GPU; none without one."""
     del peers
     device = choose_device()
@@ -59,35 +59,34 @@ def _training(material: Material, device: torch.device) -> Iterator[Row]:
         "bare": bare(config, steps),
         "products": products(device),
     }
-    told = interleaved(contestants, ROUNDS)
-    ours = rates(told["loop"], steps * size)
+    measured = interleaved(contestants, ROUNDS)
+    ours = rates(measured["loop"], steps * size)
     yield compared(
         "train 224 px, seed preset, loop against bare step",
         ours,
-        rates(told["bare"], steps * size),
+        rates(measured["bare"], steps * size),
         unit="images/s",
         bar="",
         note=torch.cuda.get_device_name(device),
     )
-    yield _of_products("train 224 px, seed preset", ours, told["products"], each)
+    yield _of_products("train 224 px, seed preset", ours, measured["products"], each)
 
 
 def _scoring(material: Material, device: torch.device) -> Iterator[Row]:
     few = SEED.replace(epochs=1, min_steps=0)
     detector = fit(material.many(FITTED, SEED.model.image_size), config=few)
     side = detector.config.model.image_size
-    size = batch_of(side, device)
+    size = batch_size(side, device)
     pixels = material.decoded(SCORED, side).some(range(SCORED))
     batches = [pixels[i : i + size] for i in range(0, SCORED, size)]
-    forward = partial(detector.scoring.evidence, to_batch(batches[0], device))
+    forward = partial(detector.graph.torch_graph().networks, to_batch(batches[0], device))
     with torch.inference_mode():
         each = operations(forward) / len(batches[0])
-    told = interleaved(
-        {"run": timed(lambda: detector.run(batches)), "products": products(device)}, ROUNDS
-    )
+    work = {"scores": timed(lambda: detector.score_pixels(batches)), "products": products(device)}
+    measured = interleaved(work, ROUNDS)
     name = "score 224 px, seed preset, all scores of decoded images"
-    yield _of_products(name, rates(told["run"], SCORED), told["products"], each)
-    yield against_ideal(material, detector, side)
+    yield _of_products(name, rates(measured["scores"], SCORED), measured["products"], each)
+    yield against_ideal(material, detector)
 
 
 def _of_products(name: str, ours: list[float], rate: list[float], each: float) -> Row:

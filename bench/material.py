@@ -8,16 +8,16 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from msvae.config import Config
+from msvae.core.config import Config
 from msvae.data.cache import Decoded, decode
 from msvae.data.folder import find_images
-from msvae.detector import Detector
-from msvae.fitting import fit
+from msvae.run.detector import Detector, load
+from msvae.run.fit import fit
 
 SIDES = (64, 128)
 ORIGINALS = "flowers-102-original-sample"  # photographs of about 500 x 667 px
 WIDE, HIGH = 667, 500
-FITTED = 1200  # images behind the models that are timed: the banks of both are full
+FITTED = 1200  # images behind the models that are timed: the structure map's bank is full
 
 
 @dataclass(frozen=True)
@@ -42,15 +42,13 @@ class Material:
         folder = self.work / f"run-{side}"
         if not (folder / "config.json").is_file():
             few = Config().replace(
-                image_size=side, epochs=1, companion_epochs=1, min_steps=30, inspector_steps=20
+                image_size=side, epochs=1, pretext_epochs=1, min_steps=30, segmenter_steps=20
             )
             fit(self.many(FITTED, side), folder, config=few, overwrite=True)
         return folder
 
     def detector(self, side: int) -> Detector:
         """The detector of that run."""
-        from msvae import load
-
         return load(self.run(side))
 
     def decoded(self, count: int, side: int) -> Decoded:
@@ -60,7 +58,10 @@ class Material:
 
 
 def prepare(work: Path, data_dir: Path | None) -> Material:
-    """Photographs of the data folder, or enlargements of the demo's textures where it is absent."""
+    """Photographs of the data folder, or enlargements of the demo's textures where it is absent.
+
+    What msvae caches goes to the work folder from then on.
+    """
     os.environ["MSVAE_CACHE"] = str(work / "cache")
     folder = None if data_dir is None else data_dir / ORIGINALS
     if folder is not None and folder.is_dir():
@@ -90,7 +91,7 @@ def _crops(photographs: Sequence[Path], count: int, side: int, folder: Path) -> 
 
 
 def _enlarged(folder: Path) -> None:
-    from msvae.data.textures import write_demo
+    from msvae.data.demo import write_demo
 
     tiles = write_demo(folder.with_name("textures"))
     for i, path in enumerate(find_images(tiles / "train" / "good").paths[:240]):

@@ -16,12 +16,12 @@ class Row:
     """As it stands in results.json."""
 
     name: str
-    value: float
+    value: float | None
     unit: str
     against: float | None
     ratio: float | None
     bar: str  # ">= 0.92", "<= 1.5", or "" where nothing is asked
-    spread: tuple[float, float]  # least and greatest ratio of single rounds
+    spread: tuple[float, float] | None  # least and greatest ratio of single rounds
     note: str = ""
 
     @property
@@ -49,13 +49,13 @@ def interleaved(contestants: Mapping[str, Once], rounds: int) -> dict[str, list[
 
     Whatever else the machine does so falls on all of them alike.
     """
-    told: dict[str, list[float]] = {name: [] for name in contestants}
+    measured: dict[str, list[float]] = {name: [] for name in contestants}
     for i in range(rounds + 1):
         for name, once in contestants.items():
-            measured = once()
+            value = once()
             if i:
-                told[name].append(measured)
-    return told
+                measured[name].append(value)
+    return measured
 
 
 def timed(work: Callable[[], object]) -> Once:
@@ -92,6 +92,16 @@ def compared(
         (min(ratios), max(ratios)),
         note,
     )
+
+
+def single(name: str, ours: float, theirs: float, *, unit: str, bar: str, note: str = "") -> Row:
+    """A row that was measured once."""
+    return compared(name, [ours], [theirs], unit=unit, bar=bar, note=note)
+
+
+def missing(name: str, *, unit: str, bar: str, note: str) -> Row:
+    """A row that could not be measured; the note says why."""
+    return Row(name, None, unit, None, None, bar, None, note)
 
 
 def rates(seconds: list[float], count: int) -> list[float]:

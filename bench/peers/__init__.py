@@ -1,12 +1,13 @@
 """Other programs, each in a process of its own, in an environment of their own.
 
-A peer says "ready" when it has set itself up; each "go" on its stdin it answers with the seconds
-that its work took.
+A peer says when it has set itself up, and something about itself; each "go" on its stdin it answers
+with the seconds that its work took.
 """
 
+import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from bench.rows import Once
@@ -16,11 +17,15 @@ SCRIPTS = {"padim": "padim.py", "pyod": "pyod_vae.py", "pythae": "pythae_vae.py"
 
 
 class Peer:
-    """One peer's script, run by the python of the peers' environment."""
+    """One peer's script, run by the python of its environment, with `variables` of its own."""
 
-    def __init__(self, python: Path, script: Path, log: Path) -> None:
+    def __init__(
+        self, python: Path, script: Path, log: Path, variables: Mapping[str, str] | None = None
+    ) -> None:
         self.python, self.script, self.log = python, script, log
+        self.variables = dict(variables or {})
         self.process: subprocess.Popen[str] | None = None
+        self.greeting = ""
 
     def start(self, *arguments: str) -> Once:
         """Start it; the function that has it do its work once. Raises `RuntimeError` if it ends."""
@@ -31,11 +36,13 @@ class Peer:
                 stdout=subprocess.PIPE,
                 stderr=log,
                 text=True,
+                env={**os.environ, **self.variables},
             )
-        self._answer()
-        return self._once
+        self.greeting = self._answer()
+        return self.once
 
-    def _once(self) -> float:
+    def once(self) -> float:
+        """Seconds of its work, done once more."""
         assert self.process is not None
         assert self.process.stdin is not None
         self.process.stdin.write("go\n")
@@ -49,17 +56,22 @@ class Peer:
         for line in self.process.stdout:
             if line.startswith("bench "):
                 return line.removeprefix("bench ").strip()
+        self.stop()
         raise RuntimeError(f"{self.script.name} ended early: {self.log} says why")
 
     def stop(self) -> None:
         """End it."""
         if self.process is not None:
-            self.process.kill()
-            self.process.wait()
+            with self.process:  # waits for it and closes its pipes
+                self.process.kill()
+            self.process = None
 
 
-def install(environment: Path, say: Callable[[str], None]) -> dict[str, Peer]:
-    """The peers, with an environment made for them; none where it cannot be made.
+Peers = dict[str, Peer | None]  # by name; None: could not be installed, as its rows say
+
+
+def install(environment: Path, say: Callable[[str], None]) -> Peers:
+    """The peers, with an environment made for them; None for each where it cannot be made.
 
     They do not install beside our pins: anomalib needs torchvision, which must fit its torch.
     """
@@ -73,8 +85,8 @@ def install(environment: Path, say: Callable[[str], None]) -> dict[str, Peer]:
             subprocess.run([*pip, "-r", str(HERE / "requirements.txt")], check=True)  # noqa: S603
             ready.touch()
         except (OSError, subprocess.CalledProcessError) as error:
-            say(f"peers: cannot be installed ({error}): their rows are left out")
-            return {}
+            say(f"peers: cannot be installed ({error}): their rows stay empty")
+            return dict.fromkeys(SCRIPTS)
     log = environment / "peers.log"
     return {name: Peer(python, HERE / script, log) for name, script in SCRIPTS.items()}
 

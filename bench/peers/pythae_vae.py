@@ -1,4 +1,4 @@
-"""pythae's BaseTrainer on our network: the same layers, the same losses, its own loop."""
+"""pythae's BaseTrainer on our networks: the same layers, the same losses, its own loop."""
 
 import logging
 import sys
@@ -15,21 +15,20 @@ from pythae.trainers import BaseTrainer, BaseTrainerConfig
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "src")]
 from bench.peers import serve
-from bench.training import textbook_loss
-from msvae.config import Config
-from msvae.model import VAE
+from bench.training import settings, textbook_loss
+from msvae.networks.model import Networks
 
 logging.disable(logging.INFO)
 
 
 class Ours(BaseAE):
-    """Our network as pythae wants it."""
+    """Our networks as pythae wants them."""
 
     def __init__(self, side: int) -> None:
         super().__init__(BaseAEConfig(input_dim=(3, side, side), latent_dim=128))
         self.model_name = "ours"
         torch.manual_seed(0)
-        self.net = VAE(Config().replace(image_size=side).model)
+        self.net = Networks(settings(side).model)
 
     def forward(self, inputs: BaseDataset, **_: object) -> ModelOutput:
         """The loss of a batch."""
