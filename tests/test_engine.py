@@ -18,7 +18,8 @@ import pytest
 import torch
 from openvino import Type
 
-from msvae import fit, load
+from folders import write
+from msvae import calibrate, fit, load
 from msvae.core import processor
 from msvae.core.errors import ConfigError, RunError
 from msvae.core.state import as_tensor
@@ -28,6 +29,7 @@ from msvae.engine.lower import lower
 from msvae.engine.openvino_engine import OpenVinoEngine
 from msvae.engine.torch_engine import TorchEngine
 from msvae.evaluation.conformal import Calibration, Decision
+from msvae.run import calibrate as calibrating
 from msvae.run import fit as fitting
 from msvae.run import precision
 from msvae.scores.catalog import MAPS, NUMBERS
@@ -658,6 +660,24 @@ def test_a_fit_tries_bfloat16_on_what_it_held_out(other):
     ).numbers
     fused = other.detector.verdict(numbers)["fused"]
     np.testing.assert_allclose(fused, other.seen["calibration"].scores["fused"], rtol=1e-4)
+
+
+def test_calibrating_tries_bfloat16_anew(other, tmp_path, monkeypatch):
+    """By the new thresholds and the images that set them; what was found before is forgotten."""
+    where, seen = shutil.copytree(other.folder, tmp_path / "run"), {}
+
+    def tried(graph, verdict, calibration, decision, batches):
+        seen.update(n=calibration.n, images=sum(map(len, batches)))
+        return {"bfloat16": False, "tried_on": "another test"}
+
+    monkeypatch.setattr(calibrating, "try_bfloat16", tried)
+    monkeypatch.setenv("MSVAE_ENGINE", "openvino")
+    normals = write(tmp_path / "normals", smooth_images(12, 8))
+    calibrate(where, normals)
+    assert seen["n"] == 12
+    assert seen["images"] > 12  # imagined defects too
+    assert load(where).facts["precision"] == {"bfloat16": False, "tried_on": "another test"}
+    assert not load(where).graph.bfloat16
 
 
 def test_a_run_in_single_precision_is_not_tried(run):
