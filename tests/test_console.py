@@ -78,7 +78,7 @@ def test_a_log_is_spared_what_is_short(clock, log):
 
 
 def test_a_log_says_every_step_if_asked(clock, log):
-    """With 0 seconds between two lines each step is one, with the loop's own words; 1,200 has a comma."""
+    """With 0 seconds between two lines each step is one, with its loop's words; 1,200 has a comma."""
     progress = LineProgress(Console(file=log, width=40), seconds=0)
     for _ in progress.track(range(2), "training", 2):
         progress.note("loss 0.5 [bold]")
