@@ -23,7 +23,7 @@ from msvae.run.detector import Detector, load
 from msvae.run.examples import Examples, LabelledExamples, decode_examples, examples_of, taught
 from msvae.run.leakage import CALIBRATED, check_examples, check_not_trained, digests_of
 from msvae.run.parts import batches
-from msvae.run.precision import TRIED, trial_batches, try_bfloat16
+from msvae.run.precision import TRIED, is_tried, trial_batches, try_bfloat16
 from msvae.run.score import Maps, Scan, score_batches
 from msvae.scores.verdict import Verdict
 
@@ -113,7 +113,7 @@ def calibrate(
 def _with_precision(detector: Detector, names: Sequence[str], progress: Progress) -> Detector:
     """The detector, allowed bfloat16 or not anew, by the images that it was calibrated on."""
     c = detector.config.model
-    if detector.engine.info.name != "openvino" or detector.config.train.precision == "fp32":
+    if not is_tried(detector.engine, detector.config):
         return detector
 
     def measured() -> dict[str, Any]:

@@ -42,7 +42,7 @@ from msvae.run.examples import (
 )
 from msvae.run.leakage import check_examples
 from msvae.run.parts import GroupBy, Part, Parts, batches, split_images
-from msvae.run.precision import trial_batches, try_bfloat16
+from msvae.run.precision import is_tried, trial_batches, try_bfloat16
 from msvae.scores.catalog import MAPS, NUMBERS
 from msvae.scores.fit import Batches, learn
 from msvae.scores.graph import ScoringGraph
@@ -178,7 +178,7 @@ def fit_parts(
     calibration = calibrate_pixels(scoring, verdict, parts.conformal.pixels, progress)
     decision = decision_of(config)
     facts = _facts(config, decision, sizes, pretext)
-    if scoring.info.name == "openvino" and config.train.precision != "fp32":
+    if is_tried(scoring, config):
         tried = trial_batches(parts.conformal.pixels)
         facts["precision"] = during(
             progress,

@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 
+from msvae.core.config import Config
 from msvae.core.processor import has_bfloat16, instruction_set
 from msvae.data.cache import Images
 from msvae.data.images import Pixels
-from msvae.engine.engine import Graph
+from msvae.engine.engine import Engine, Graph
 from msvae.engine.openvino_engine import OpenVinoEngine
 from msvae.evaluation.conformal import Calibration, Decision
 from msvae.run.batching import FILES
@@ -20,6 +21,11 @@ from msvae.scores.verdict import Verdict
 
 TRIED = 256  # normal images at most
 AGREE = 0.99  # of the images: their p-values lie within a rank of each other
+
+
+def is_tried(engine: Engine, config: Config) -> bool:
+    """Whether bfloat16 is a question at all: only OpenVINO's, and not where the settings forbid it."""
+    return engine.info.name == "openvino" and config.train.precision != "fp32"
 
 
 def try_bfloat16(
