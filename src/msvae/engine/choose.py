@@ -10,7 +10,7 @@ from msvae.engine.engine import Engine, Graph
 from msvae.engine.openvino_engine import OpenVinoEngine
 from msvae.engine.torch_engine import TorchEngine
 
-ENGINES: dict[str, Callable[[Graph], Engine]] = {
+ENGINES: dict[str, Callable[[Graph, bool], Engine]] = {
     "reference": TorchEngine,
     "openvino": OpenVinoEngine,
 }
@@ -42,9 +42,9 @@ def engine_name(name: str | None = None) -> str:
     return asked
 
 
-def choose(graph: Graph, name: str | None = None) -> Engine:
-    """The engine that runs a graph; see `engine_name`."""
-    return ENGINES[engine_name(name)](graph)
+def choose(graph: Graph, name: str | None = None, bfloat16: bool = False) -> Engine:
+    """The engine that runs a graph; see `engine_name`. `bfloat16` may be used where it is fast."""
+    return ENGINES[engine_name(name)](graph, bfloat16)
 
 
 def has_gpu() -> bool:

@@ -64,11 +64,6 @@ class Graph(Protocol):
         """Tells it from every other graph, for the cache of compiled ones; None: not cached."""
         ...
 
-    @property
-    def bfloat16(self) -> bool:
-        """Whether bfloat16 was tried on normal images and decides alike."""
-        ...
-
     def torch_graph(self) -> Any:
         """The torch module (`scores.graph.ScoringGraph`), where it lies."""
         ...

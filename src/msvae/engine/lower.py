@@ -3,13 +3,15 @@
 from typing import Any
 
 LAYERS = ("Convolution", "ConvolutionBackpropData")
+COLOURS = 3
 
 
 def lower(model: Any) -> Any:
-    """Compute every convolution that a SiLU follows in bfloat16, with its bias and SiLU, in place.
+    """Compute the convolutions of wide maps in bfloat16, each with its bias and SiLU, in place.
 
-    Statistics, distances, latents and what is drawn stay in float32: many of them are differences of
-    nearly equal numbers. Returns the OpenVINO model.
+    Those that read the image stay in float32, as 8 bits of a pixel are more than bfloat16 holds; so
+    do statistics, distances, latents and what is drawn: many of them are differences of nearly equal
+    numbers. Returns the OpenVINO model.
     """
     from openvino._offline_transformations import apply_moc_transformations
 
@@ -17,7 +19,8 @@ def lower(model: Any) -> Any:
     for node in model.get_ordered_ops():
         if node.get_type_name() in LAYERS:
             layer = [node, *_followers(node)]
-            if layer[-1].get_type_name() == "Swish":
+            channels = node.input_value(0).get_partial_shape()[1].get_length()
+            if layer[-1].get_type_name() == "Swish" and channels > COLOURS:
                 _lower_layer(layer)
     model.validate_nodes_and_infer_types()
     return model

@@ -24,13 +24,10 @@ _used_in: list[int] = []  # the process that first used OpenVINO
 class OpenVinoEngine:
     """Runs a graph on the CPU."""
 
-    def __init__(self, graph: Graph, low: bool | None = None) -> None:
-        """`low` computes in bfloat16 or not; without it where the run allows it and the processor can.
-
-        Nothing is compiled before it is needed.
-        """
+    def __init__(self, graph: Graph, bfloat16: bool = False) -> None:
+        """`bfloat16` where it is allowed and the processor has it. Nothing is compiled yet."""
         self.graph, self.threads = graph, cores()
-        self.low = graph.bfloat16 and has_bfloat16() if low is None else low
+        self.low = bfloat16 and has_bfloat16()
         self.compiled: dict[tuple[int, bool], Any] = {}
         self.lock, self.local = threading.Lock(), threading.local()
 

@@ -12,8 +12,8 @@ class TorchEngine:
 
     workers = 1  # torch shares a batch out among the cores itself
 
-    def __init__(self, graph: Graph) -> None:
-        """Of the graph's torch module."""
+    def __init__(self, graph: Graph, bfloat16: bool = False) -> None:  # noqa: ARG002
+        """Of the graph's torch module; whether bfloat16 is allowed changes nothing here."""
         from msvae.core.device import batch_size
 
         self.module: Any = graph.torch_graph()

@@ -14,9 +14,6 @@ from msvae.ops.filters import area_downsample
 
 ORDERS = tuple(permutations(range(3)))  # ORDERS[0] leaves the channels as they are
 TURNS = (0, 1, 2, 3)  # quarter turns
-# How an image is shown when it is scored, (order, turn) each: as it is, and upside down with its
-# channels moved on by one. All 24 ways rank no better (LOG.md).
-VIEWS = ((0, 0), (4, 2))
 
 
 class PretextNet(nn.Module):
@@ -58,18 +55,13 @@ class PretextNet(nn.Module):
         return order.log_softmax(dim=1), turn.log_softmax(dim=1)
 
     def pretext_scores(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The embedding (B, E) of images as they are, and -log p of the `VIEWS`' orders, then turns.
+        """The embedding (B, E) of images as they are, and -log p of their order and turn, (B, 2), nats.
 
-        The latter (B, 2 T), nats, of T views.
+        Shown in other ways too they are ranked no better that is worth the time (LOG.md).
         """
-        x = self.downsample(x)
-        views = torch.cat([x[:, list(ORDERS[k])].rot90(t, dims=(2, 3)) for k, t in VIEWS])
-        embedding = self.embed(views)
+        embedding = self.embed(x)
         order, turn = self.classify(embedding)
-        each, order, turn = (t.unflatten(0, (len(VIEWS), -1)) for t in (embedding, order, turn))
-        own = [order[view, :, k] for view, (k, _) in enumerate(VIEWS)]
-        own += [turn[view, :, t] for view, (_, t) in enumerate(VIEWS)]
-        return each[0], -torch.stack(own, dim=1).float()
+        return embedding, -torch.stack([order[:, 0], turn[:, 0]], dim=1).float()
 
 
 def transform(x: Tensor, orders: Tensor, turns: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from msvae.run.detector import Detector, load
 from msvae.run.examples import Examples, LabelledExamples, decode_examples, examples_of, taught
 from msvae.run.leakage import CALIBRATED, check_examples, check_not_trained, digests_of
 from msvae.run.parts import batches
-from msvae.run.precision import TRIED, is_tried, trial_batches, try_bfloat16
+from msvae.run.precision import NOT_TRIED, TRIED, is_tried, trial_batches, try_bfloat16
 from msvae.run.score import Maps, Scan, score_batches
 from msvae.scores.verdict import Verdict
 
@@ -90,8 +90,9 @@ def calibrate(
     paths: Sequence[Path] = find_images(normals).paths if normals else part_of(run, "conformal")
     check_not_trained(run, paths)
     examples = None if feedback is None else examples_of(feedback)
+    exact = {k: v for k, v in detector.facts.items() if k != "precision"}
     detector, scan = recalibrate(
-        detector,
+        replace(detector, facts=exact),  # in float32, the reference
         paths,
         rule=rule,
         threshold=threshold,
@@ -114,7 +115,7 @@ def _with_precision(detector: Detector, names: Sequence[str], progress: Progress
     """The detector, allowed bfloat16 or not anew, by the images that it was calibrated on."""
     c = detector.config.model
     if not is_tried(detector.engine, detector.config):
-        return detector
+        return replace(detector, facts={**detector.facts, "precision": NOT_TRIED})
 
     def measured() -> dict[str, Any]:
         pixels = np.stack([load_image(n, c.image_size, c.resize) for n in names[:TRIED]])

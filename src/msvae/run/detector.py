@@ -49,7 +49,12 @@ class Detector:
     @cached_property
     def engine(self) -> Engine:
         """What runs the graph."""
-        return choose(self.graph, self.engine_name)
+        return choose(self.graph, self.engine_name, self.allows_bfloat16)
+
+    @property
+    def allows_bfloat16(self) -> bool:
+        """Whether bfloat16 was tried on held-out images and decides alike."""
+        return bool(self.facts.get("precision", {}).get("bfloat16"))
 
     def score(
         self, images: Source | Sequence[Source], *, target_fpr: float | None = None
@@ -201,11 +206,6 @@ class SavedGraph:
     def side(self) -> int:
         """Of the images, px."""
         return int(self.facts["config"]["model"]["image_size"])
-
-    @property
-    def bfloat16(self) -> bool:
-        """Whether the run allows it."""
-        return bool(self.facts.get("precision", {}).get("bfloat16"))
 
     @property
     def key(self) -> str | None:

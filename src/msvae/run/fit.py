@@ -27,6 +27,7 @@ from msvae.engine.choose import choose, engine_name
 from msvae.evaluation.conformal import Decision
 from msvae.evaluation.table import write_quarantine
 from msvae.explain.nearest import References
+from msvae.networks.blocks import round_weights
 from msvae.networks.model import Networks
 from msvae.ops.filters import area_downsample
 from msvae.run import store
@@ -152,7 +153,7 @@ def fit_parts(
     if pretext.gave_up:
         say(f"orders and turns say little here: gave up learning them after {pretext.steps} steps")
     train_segmenter(networks, pixels, stop, config, progress)
-    networks.eval().requires_grad_(False)
+    round_weights(networks.eval().requires_grad_(False))
     held = _images(stop, device, NullProgress(), "")
     learned = during(
         progress,
@@ -185,7 +186,6 @@ def fit_parts(
             "trying bfloat16",
             lambda: try_bfloat16(fitted, verdict, calibration, decision, tried),
         )
-        fitted.bfloat16 = facts["precision"]["bfloat16"]
     detector = Detector(
         config=config,
         graph=fitted,
@@ -212,7 +212,6 @@ class FittedGraph:
     def __init__(self, graph: ScoringGraph, example: Pixels) -> None:
         """`example` are a few normal images (B, S, S, 3)."""
         self.graph, self.example, self.side = graph, example, example.shape[1]
-        self.bfloat16 = False  # before it was tried
 
     def torch_graph(self) -> ScoringGraph:
         """The torch module, where it was trained."""

@@ -17,9 +17,11 @@ from msvae.engine.engine import Engine, Graph
 from msvae.engine.openvino_engine import OpenVinoEngine
 from msvae.evaluation.conformal import Calibration, Decision
 from msvae.run.batching import FILES
-from msvae.scores.verdict import Verdict
+from msvae.scores.density import Floats
+from msvae.scores.verdict import Scores, Verdict
 
 TRIED = 256  # normal images at most
+NOT_TRIED = {"bfloat16": False, "tried_on": None}
 AGREE = 0.99  # of the images: their p-values lie within a rank of each other
 
 
@@ -37,17 +39,17 @@ def try_bfloat16(
 ) -> dict[str, Any]:
     """Facts for the run: whether bfloat16 may be used, and on what that was found.
 
-    `batches` are `trial_batches` (B, S, S, 3). Where the processor does not multiply bfloat16 itself
-    nothing is tried, and nothing allowed.
+    `batches` are `trial_batches` (B, S, S, 3) of the images that calibrated. Where the processor does
+    not multiply bfloat16 itself nothing is tried, and nothing allowed.
     """
     if not has_bfloat16():
-        return {"bfloat16": False, "tried_on": None}
+        return NOT_TRIED
     exact, low = (OpenVinoEngine(graph, low) for low in (False, True))
     pairs = [(verdict(exact(b).numbers), verdict(low(b).numbers)) for b in batches]
     tables = [
         {k: np.concatenate([pair[i][k] for pair in pairs]) for k in pairs[0][0]} for i in (0, 1)
     ]
-    p = [calibration.p_values(table)["fused"] for table in tables]
+    p = [_p_values(calibration, table) for table in tables]
     flags = [decision.flags(table, own) for table, own in zip(tables, p, strict=True)]
     ranks = np.abs(p[0] - p[1]) * (calibration.n + 1)
     within, flips = float((ranks < 1.5).mean()), int((flags[0] != flags[1]).sum())
@@ -58,6 +60,18 @@ def try_bfloat16(
         "within_a_rank": within,
         "decisions_changed": flips,
     }
+
+
+def _p_values(calibration: Calibration, scores: Scores) -> Floats:
+    """Of the fused score; the images that calibrated come first, each is judged by the others.
+
+    By itself too, every second of them would move a rank by the least change of its score.
+    """
+    p, n = calibration.p_values(scores)["fused"], calibration.n
+    own = calibration.scores["fused"][:TRIED]
+    itself = own >= scores["fused"][: len(own)]
+    p[: len(own)] = (p[: len(own)] * (n + 1) - itself) / n
+    return p
 
 
 def trial_batches(normals: Images) -> Iterator[Pixels]:

@@ -13,10 +13,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from msvae.core.evidence import Evidence
-from msvae.ops.filters import opponent
+from msvae.ops.filters import OPPONENT
 from msvae.scores.catalog import BANDS
 
 FLOOR = 1e-8
+HAAR = ((1, 1, 1, 1), (1, -1, 1, -1), (1, 1, -1, -1), (1, -1, -1, 1))  # of four pixels, by rows
 
 
 def reconstruction(e: Evidence) -> Tensor:
@@ -56,19 +57,13 @@ def spread(e: Evidence) -> Tensor:
 
 
 def order(e: Evidence) -> Tensor:
-    """Mean of -log p(true channel order) over the views of an image, (B,), nats; else 0."""
-    return _pretext_mean(e, 0)
+    """-log p(true channel order) of an image as it is, (B,), nats; 0 without a pretext network."""
+    return e.pretext[:, 0] if e.pretext.shape[1] else torch.zeros_like(e.mu[:, 0])
 
 
 def turn(e: Evidence) -> Tensor:
-    """Mean of -log p(true quarter turn) over the views of an image, (B,), nats; else 0."""
-    return _pretext_mean(e, 1)
-
-
-def _pretext_mean(e: Evidence, half: int) -> Tensor:
-    if e.pretext.shape[1] == 0:
-        return torch.zeros_like(e.mu[:, 0])
-    return e.pretext.chunk(2, dim=1)[half].mean(dim=1)
+    """-log p(true quarter turn) of an image as it is, (B,), nats; 0 without a pretext network."""
+    return e.pretext[:, 1] if e.pretext.shape[1] else torch.zeros_like(e.mu[:, 0])
 
 
 def direction(e: Evidence) -> Tensor:
@@ -80,18 +75,15 @@ def band_energies(image: Tensor) -> Tensor:
     """Log energies by band, fine to coarse, luma and chroma of each, (B, 2 * (BANDS + 1)).
 
     A band is what the means of 2 x 2 leave over: three differences for each (Haar 1910). Of an odd
-    number of rows or columns the last is left out.
+    number of rows or columns the last is left out. Means and differences are one convolution.
     """
-    rest, energies = opponent(image), []
+    rest, colours, energies = image, image.new_tensor(OPPONENT), []
+    haar = image.new_tensor(HAAR).view(4, 1, 1, 2, 2) / 4
     for _ in range(BANDS):
-        even = 2 * (int(rest.shape[-1]) // 2)
-        rest = rest[..., :even, :even]
-        top, bottom = rest[:, :, ::2], rest[:, :, 1::2]
-        total, gap = top + bottom, top - bottom
-        (left, right), (a, b) = ((t[..., ::2], t[..., 1::2]) for t in (total, gap))
-        fine = (left - right).square() + 2 * (a.square() + b.square())
-        energies.append(fine.mean(dim=(2, 3)) / 16)
-        rest = (left + right) / 4
+        kernel = (haar * colours[:, :, None, None]).flatten(0, 1)
+        steps = F.conv2d(rest, kernel, stride=2).unflatten(1, (4, 3))
+        energies.append(steps[:, 1:].square().mean(dim=(3, 4)).sum(dim=1))
+        rest, colours = steps[:, 0], torch.eye(3).to(image)
     energies.append(rest.square().mean(dim=(2, 3)))
     each = torch.stack(energies, dim=1)  # (B, BANDS + 1, 3)
     both = torch.stack([each[..., 0], each[..., 1] + each[..., 2]], dim=2)
@@ -111,6 +103,6 @@ def statistics(e: Evidence, distance: Tensor) -> Tensor:
     Band energies of x - x̂ and of x, what the posterior is like, and the log of the squared
     Mahalanobis `distance` (B,).
     """
-    residual, image = band_energies(e.x - e.recon), band_energies(e.x - 0.5)
+    both = band_energies(torch.cat([e.x - e.recon, e.x - 0.5])).unflatten(0, (2, -1))
     far = (distance[:, None] + FLOOR).log()
-    return torch.cat([residual, image, latent_shape(e), far], dim=1)
+    return torch.cat([both[0], both[1], latent_shape(e), far], dim=1)

@@ -9,6 +9,7 @@ from math import log
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from msvae.core.evidence import Evidence
 from msvae.ops.filters import area_downsample, gaussian_blur, resize_bilinear
@@ -167,13 +168,13 @@ class SpatialMap:
     def local(e: Evidence, mix: Tensor) -> Tensor:
         """Local feature vectors (B, L, D) at L = h·w places, h a quarter of the side.
 
-        The three finest maps beside each other at that size, mixed by `mix`. Mixing and resizing
-        are both linear: what comes first changes nothing, and so it is what makes less of them.
+        The three finest maps beside each other at that size, mixed by `mix`; as both are linear,
+        each is mixed and resized by itself, and all are added up.
         """
         side, features = max(int(e.x.shape[-1]) // 4, 2), e.features[:3]
         parts = mix.split([int(f.shape[1]) for f in features])
         resized = [_resized(f, part, side) for f, part in zip(features, parts, strict=True)]
-        return torch.stack(resized).sum(dim=0).flatten(2).transpose(1, 2)
+        return sum(resized[1:], resized[0]).flatten(2).transpose(1, 2)
 
     @classmethod
     def fit(cls, halves: tuple[Moments, Moments], mix: Tensor) -> "SpatialMap":
@@ -198,11 +199,10 @@ class SpatialMap:
 
 
 def _resized(maps: Tensor, mix: Tensor, side: int) -> Tensor:
-    """Maps (B, C, h, w) mixed by (C, D) and resized, what makes less of them first, (B, D, S, S)."""
-    if maps.shape[-1] > side:
-        return _mixed(area_downsample(maps, side), mix)
-    return resize_bilinear(_mixed(maps, mix), side)
-
-
-def _mixed(maps: Tensor, mix: Tensor) -> Tensor:
-    return (mix.T.to(maps) @ maps.flatten(2)).unflatten(2, maps.shape[2:])
+    """Maps (B, C, h, w) mixed by (C, D) and resized, (B, D, S, S)."""
+    kernel = mix.T[:, :, None, None].to(maps)
+    every, beyond = divmod(int(maps.shape[-1]), side)
+    if beyond == 0:  # a strided convolution takes the means and mixes at once
+        return F.conv2d(maps, kernel.expand(-1, -1, every, every) / every**2, stride=every)
+    mixed = F.conv2d(maps, kernel)
+    return area_downsample(mixed, side) if every else resize_bilinear(mixed, side)
