@@ -364,9 +364,9 @@ def test_a_run_with_a_missing_file(name, run, made, msvae):
     [
         (None, "not a run"),
         ("", "cannot be read as a run's settings"),
-        ('{"format": 6', "cannot be read as a run's settings"),
+        ('{"format": 7', "cannot be read as a run's settings"),
         ("[]", "cannot be read as a run's settings"),
-        ('{"format": 6}', "cannot be read as a run's settings"),
+        ('{"format": 7}', "cannot be read as a run's settings"),
     ],
 )
 def test_a_run_with_torn_settings(text, reason, run, made, msvae):

@@ -19,8 +19,11 @@ from msvae.core.errors import RunError
 from msvae.core.files import as_csv, as_json, with_head, write_all, write_bytes, write_json
 from msvae.core.state import Arrays, as_array
 
-FORMAT = 6
-OLDER = {5: "msvae 0.1.0 of commit 47b9380 reads it"}
+FORMAT = 7
+OLDER = {
+    5: "msvae 0.1.0 of commit 47b9380 reads it",
+    6: "msvae 0.1.0 of commit d661e48 reads it",
+}
 CONFIG = "config.json"
 CHECKPOINT = "checkpoint.safetensors"
 REMEDY = "restore the folder from a copy, or fit it again"
