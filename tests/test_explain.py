@@ -27,7 +27,6 @@ from msvae.explain.gradcam import CAM_SCORES, gradcams, verdict_gradient
 from msvae.explain.shapley import shapley
 from msvae.scores.catalog import FUSED_SCORES, STATISTIC_GROUPS
 from msvae.scores.graph import ScoringGraph
-from msvae.scores.maps import at_size
 from msvae.scores.verdict import statistics_of
 from small import CONFIG, SIDE
 from tails import tail_of
@@ -209,6 +208,13 @@ def _double(value):
     return in_double(value) if hasattr(value, "__dataclass_fields__") else value
 
 
+def at_pixels(coarse):
+    """An encoder map (n, n) at S x S pixels, linear between the pixels where it looks, by scipy."""
+    at = np.minimum(np.arange(SIDE) * len(coarse) / SIDE, len(coarse) - 1)
+    grid = np.stack(np.meshgrid(at, at, indexing="ij"))
+    return torch.from_numpy(ndimage.map_coordinates(coarse.numpy(), grid, order=1))
+
+
 @pytest.fixture(scope="module")
 def score_of_top(detector, graph, evidence):
     """Every score of the i-th image as a function of its coarsest encoder map, in double precision.
@@ -242,7 +248,7 @@ def score_of_top(detector, graph, evidence):
         )
         drawn = {k: again(v, i, n) for k, v in fixed.items()}
         drawn["residual"] = places.residual(e)
-        drawn["spatial"] = at_size(places.spatial(e), SIDE)
+        drawn["spatial"] = places.spatial.drawn(e)
         return detector.verdict(exact.numbers(e, drawn).numpy())
 
     return scores
@@ -267,10 +273,11 @@ def test_gradcam_by_hand(evidence, cams, score_of_top, name):
         )
         weights = torch.from_numpy(slopes(score_of_top, i, top, name, rises)) / side**2
         coarse = (weights[:, None, None] * top).sum(dim=0)
-        right = F.interpolate(coarse[None, None], size=(SIDE, SIDE), mode="bilinear")[0, 0]
+        right = at_pixels(coarse)
         found = cams[f"gradcam_{name}"][i].double()
         scale = right.abs().max()
-        torch.testing.assert_close(found / scale, right / scale, atol=2e-3, rtol=0)
+        # Repeated edges of a map that was moved tie: which of them is among the oddest is open.
+        torch.testing.assert_close(found / scale, right / scale, atol=0.01, rtol=0)
 
 
 def test_hirescam_by_hand(evidence, cams, score_of_top):
@@ -285,7 +292,7 @@ def test_hirescam_by_hand(evidence, cams, score_of_top):
                 here[k * side + column, k, row, column] = 1
         gradient = slopes(score_of_top, i, top, "fused", here).reshape(channels, side)
         coarse[row] = (torch.from_numpy(gradient) * top[:, row]).sum(dim=0)
-    right = F.interpolate(coarse[None, None], size=(SIDE, SIDE), mode="bilinear")[0, 0]
+    right = at_pixels(coarse)
     found = cams["hirescam_fused"][i].double()
     scale = right.abs().max()
     torch.testing.assert_close(found / scale, right / scale, atol=2e-3, rtol=0)

@@ -3,6 +3,8 @@
 And which share of their places makes the score.
 """
 
+from dataclasses import dataclass
+
 import numpy as np
 import pytest
 import torch
@@ -114,3 +116,37 @@ def test_the_share_is_the_one_that_tells_imagined_defects(monkeypatch, covered, 
     best, ability = fit._tried(Network(), lambda: held, places)
     assert [SHARES[i] for i in best] == [share] * 4
     assert (ability > 0.9).all()
+
+
+@dataclass(frozen=True)
+class Displaced:
+    """A map of how far the tone is from the middle, a place of 4 px each, drawn where it is told to."""
+
+    down: int
+    right: int
+    too_low: float = 0.0
+    too_right: float = 0.0
+
+    def __call__(self, x):
+        """(B, 3, S, S) -> (B, S / 4, S / 4)."""
+        coarse = torch.nn.functional.avg_pool2d((x - 0.5).abs().mean(dim=1), 4)
+        return coarse.roll((self.down, self.right), dims=(1, 2))
+
+
+@pytest.mark.parametrize(("down", "right"), [(0, 0), (1, 0), (0, -1), (1, 1)])
+def test_where_the_spatial_map_lies_is_measured(down, right):
+    """By how many places squares show too low and too far right, from few images and from many."""
+    network = Network()
+    network.forward_mean = lambda x: x
+    images = torch.full((20, 3, 64, 64), 0.5)
+    map_ = fit.aligned(network, Displaced(down, right), lambda: iter([images[:8], images[8:]]))
+    assert map_.too_low == pytest.approx(down, abs=0.06)
+    assert map_.too_right == pytest.approx(right, abs=0.06)
+
+
+def test_a_map_that_sees_no_square_stays_where_it_is():
+    """Nothing is moved by nothing."""
+    network = Network()
+    network.forward_mean = torch.zeros_like
+    blind = fit.aligned(network, Displaced(1, 1), lambda: iter([torch.zeros(8, 3, 32, 32)]))
+    assert (blind.too_low, blind.too_right) == (0, 0)

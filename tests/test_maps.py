@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.ndimage import gaussian_filter
+from scipy.ndimage import gaussian_filter, map_coordinates
 from scipy.stats import multivariate_normal, norm
 from skimage.transform import resize
 from torch.nn import functional as F
@@ -15,6 +15,7 @@ from msvae.ops.filters import blur_matrix, gaussian_blur, resize_bilinear
 from msvae.scores import maps
 from msvae.scores.maps import SHRINKAGES, Rarity, ResidualMap, SpatialMap, at_size
 from msvae.scores.moments import Moments, leave_one_out
+from msvae.transforms.squares import centroids, with_squares
 
 
 def rand(*shape, seed=0):
@@ -233,17 +234,24 @@ def test_spatial_map_finds_the_place():
 
 
 def test_local_features_are_stacked_at_a_quarter_of_the_side():
-    """Finer maps are averaged over their block, coarser ones come in between by bilinear."""
+    """The mean over a place's pixels of the maps, linear between the pixels where they look."""
     e = evidence(n=2, side=32, channels=(2, 3, 4, 5))  # maps of 32, 16, 8 and 4 px
     stacked = SpatialMap.local(e, torch.eye(9)).mT.unflatten(2, (8, 8)).numpy()
     assert stacked.shape == (2, 9, 8, 8)  # the fourth is left out
-    blocks = e.features[0].numpy().reshape(2, 2, 8, 4, 8, 4).mean(axis=(3, 5))
-    close(stacked[:, :2], blocks)
-    close(stacked[:, 5:], e.features[2])
+    close(stacked, np.concatenate([over_places(f.numpy(), 32) for f in e.features[:3]], axis=1))
     few = evidence(n=1, side=32, channels=(2,))
     coarse = few._replace(features=(rand(1, 2, 4, 4),))
-    wanted = [resize(c, (8, 8), order=1, mode="edge") for c in coarse.features[0][0].numpy()]
-    close(SpatialMap.local(coarse, torch.eye(2)).mT.unflatten(2, (8, 8))[0], wanted)
+    wanted = over_places(coarse.features[0].numpy(), 32)
+    close(SpatialMap.local(coarse, torch.eye(2)).mT.unflatten(2, (8, 8)), wanted)
+
+
+def over_places(features, side):
+    """Maps (B, C, n, n) that look at every (side / n)th pixel, at a quarter of the side, by scipy."""
+    n = features.shape[-1]
+    at = np.minimum(np.arange(side) * n / side, n - 1)
+    grid = np.stack(np.meshgrid(at, at, indexing="ij"))
+    pixels = [[map_coordinates(f, grid, order=1) for f in image] for image in features]
+    return np.reshape(pixels, (*features.shape[:2], side // 4, 4, side // 4, 4)).mean(axis=(3, 5))
 
 
 @pytest.mark.parametrize("channels, kept", [(3, 3), (64, 64), (100, 64)])
@@ -353,3 +361,26 @@ def test_what_scoring_keeps_serves_gradients_too():
     x.requires_grad_()
     (rarity(x).sum() + gaussian_blur(x, 1.0).sum()).backward()
     assert x.grad.isfinite().all()
+
+
+# Where a map lies.
+
+
+def test_a_shifted_map_is_read_further_on():
+    """By a whole place: the next row and column; by part of one: linear in between."""
+    ramp = torch.arange(8.0).expand(1, 8, 8)
+    moved = resize_bilinear(ramp, 8, (1, 1))[0, 0]
+    close(moved, [1, 2, 3, 4, 5, 6, 7, 7])
+    close(resize_bilinear(ramp, 8, (0, 0.25))[0, 0, :7], np.arange(7) + 0.25)
+
+
+def test_centroids_lie_where_squares_were_painted():
+    """Of the change of luma; a map that nothing changed has none."""
+    x = rand(64, 3, 32, 32).round()
+    painted, centres = with_squares(x, torch.Generator().manual_seed(0))
+    change = (painted - x).abs().mean(dim=1)
+    close(centroids((change > 0.3).float()), centres)
+    assert (change.flatten(1) > 0).sum(dim=1).unique().tolist() == [4]
+    assert centroids(torch.zeros(1, 8, 8)).isnan().all()
+    assert painted.min() >= 0
+    assert painted.max() <= 1

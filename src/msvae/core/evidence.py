@@ -15,6 +15,4 @@ class Evidence(NamedTuple):
     features: tuple[Tensor, ...]  # (B, C_i, H_i, W_i) encoder maps, fine to coarse
     embedding: Tensor  # (B, E) what the nearest-neighbour score compares
     segmentation: Tensor  # (B, H, W) log-odds of a defect; (B, 0, 0) without a segmenter
-    pretext: (
-        Tensor  # (B, 2 T) -log p of T true orders, T true turns, nats; T = 0: no pretext network
-    )
+    pretext: Tensor  # (B, 2) -log p of the true order and turn, nats; (B, 0) without the network

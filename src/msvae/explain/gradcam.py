@@ -5,14 +5,13 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from msvae.core.evidence import Evidence
 from msvae.networks.model import Networks
+from msvae.ops.filters import enlarged_features
 from msvae.scores import formulas
 from msvae.scores.density import Floats
 from msvae.scores.graph import ScoringGraph
-from msvae.scores.maps import at_size
 from msvae.scores.verdict import Verdict
 
 CAM_SCORES = ("mahalanobis", "reconstruction", "kl", "fused")
@@ -52,11 +51,8 @@ def gradcams(
             if name == "fused":
                 each = LayerGradientXActivation(score, layer)
                 out["hirescam_fused"] = _only(each.attribute(_leaf(x))).sum(dim=1, keepdim=True)
-    size = (x.shape[-1], x.shape[-1])
-    return {
-        k: F.interpolate(v.detach(), size, mode="bilinear", align_corners=False)[:, 0]
-        for k, v in out.items()
-    }
+    side = x.shape[-1]
+    return {k: enlarged_features(v.detach()[:, 0], side) for k, v in out.items()}
 
 
 def _leaf(x: Tensor) -> Tensor:
@@ -96,7 +92,7 @@ def _differentiable(
         places = graph.parts.places
         own = {
             "residual": places.residual(e),
-            "spatial": at_size(places.spatial(e), e.x.shape[-1]),
+            "spatial": places.spatial.drawn(e),
         }
         moved: Tensor = (graph.numbers(joined, {**maps, **own}) * slopes).sum(dim=1)
         return moved

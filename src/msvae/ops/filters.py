@@ -50,9 +50,13 @@ def blur_matrix(n: int, sigma: float) -> Tensor:
     return torch.zeros(n, n).scatter_add_(1, mirrored, weights)
 
 
-def resize_bilinear(maps: Tensor, side: int) -> Tensor:
-    """Maps (..., h, w) at S x S pixels, bilinear, half-pixel centres; edges repeated."""
-    down, across = (bilinear_matrix(int(n), side).to(maps) for n in maps.shape[-2:])
+def resize_bilinear(maps: Tensor, side: int, shift: tuple[float, float] = (0, 0)) -> Tensor:
+    """Maps (..., h, w) at S x S pixels, bilinear, half-pixel centres; edges repeated.
+
+    Read `shift` values further down and to the right, so that what they show moves up and left.
+    """
+    sizes = zip(maps.shape[-2:], shift, strict=True)
+    down, across = (bilinear_matrix(int(n), side, by).to(maps) for n, by in sizes)
     return down @ (maps @ across.T)
 
 
@@ -64,10 +68,39 @@ def area_downsample(x: Tensor, side: int) -> Tensor:
 
 @lru_cache(maxsize=64)
 @torch.inference_mode(mode=False)
-def bilinear_matrix(n: int, m: int) -> Tensor:
-    """The matrix (m, n) that enlarges n values to m, m >= n."""
-    values = torch.eye(n)[:, None]
-    return F.interpolate(values, size=m, mode="linear", align_corners=False)[:, 0].T.contiguous()
+def bilinear_matrix(n: int, m: int, shift: float = 0) -> Tensor:
+    """The matrix (m, n) that reads n values at the centres of m even parts, `shift` further on."""
+    return _reading((torch.arange(m) + 0.5) * (n / m) - 0.5 + shift, n)
+
+
+@lru_cache(maxsize=64)
+@torch.inference_mode(mode=False)
+def place_means(n: int, pixels: int, m: int) -> Tensor:
+    """The matrix (m, n) of the means of an encoder's n values over m even parts of its pixels."""
+    return area_matrix(pixels, m) @ feature_matrix(n, pixels)
+
+
+def feature_matrix(n: int, pixels: int) -> Tensor:
+    """The matrix (`pixels`, n) that reads an encoder's n values at every pixel, linear in between.
+
+    A stage of stride 2 looks at 3 pixels around every second one: value j is centred on pixel
+    j · `pixels` / n, half a stride before the middle of the pixels that share it.
+    """
+    return _reading(torch.arange(pixels) * (n / pixels), n)
+
+
+def enlarged_features(maps: Tensor, side: int) -> Tensor:
+    """Maps (..., n, n) of an encoder at S x S pixels, each value where it looks."""
+    matrix = feature_matrix(int(maps.shape[-1]), side).to(maps)
+    return matrix @ (maps @ matrix.T)
+
+
+def _reading(at: Tensor, n: int) -> Tensor:
+    """The matrix (m, n) that reads n values at the places (m,), linear in between; edges repeated."""
+    at = at.clamp(0, n - 1)
+    below = at.floor().long()
+    share, values = (at - below)[:, None], torch.eye(n)
+    return (1 - share) * values[below] + share * values[(below + 1).clamp_max(n - 1)]
 
 
 @lru_cache(maxsize=64)

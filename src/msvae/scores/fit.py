@@ -33,10 +33,12 @@ from msvae.scores.moments import Moments
 from msvae.scores.structure import StructureMap, keep_every, local_statistics
 from msvae.scores.verdict import Verdict, WeightedSum, fused_columns, group_columns
 from msvae.transforms.defects import DefectGenerator, has_colour
+from msvae.transforms.squares import centroids, with_squares
 
 Batches = Callable[[], Iterable[Tensor]]  # each call goes over the same images once more
 IMAGINED = 160  # normal images on which defects are imagined to try the maps, at least
 FOURS = 4  # images of a batch are blurred in four ways
+FAR = 2  # places from a painted square at most
 SAMPLED = 128  # places of each training image that tell what values its maps have, at most
 SAMPLE = 1 << 20  # places of all of them together, at most
 
@@ -69,6 +71,7 @@ def learn(
     """
     gathered = gather(networks, batches, count)
     places = fit_places(gathered, next(networks.parameters()).device)
+    places = replace(places, spatial=aligned(networks, places.spatial, held))
     measured = measure_maps(networks, batches, held, count, places)
     return fit_fusion(networks, gathered, places, measured, held, alpha=alpha, beta=beta)
 
@@ -148,6 +151,21 @@ def fit_places(gathered: Gathered, device: torch.device) -> PlaceMaps:
         StructureMap.fit(gathered["structure"]),
     )
     return to_device(places, device)
+
+
+def aligned(networks: Networks, spatial: SpatialMap, held: Batches) -> SpatialMap:
+    """The spatial map, drawn where squares lie that are painted on the held images."""
+    gen, gaps, count = torch.Generator().manual_seed(0), list[Tensor](), 0
+    while count < IMAGINED:
+        for x in held():
+            painted, centres = with_squares(x, gen)
+            before, after = (spatial(networks.forward_mean(images)) for images in (x, painted))
+            gaps.append(centroids(after - before) - (centres + 0.5) * before.shape[1] / x.shape[2])
+            count += len(x)
+    gap = torch.cat(gaps) + 0.5  # places are counted from the middle of the first, as pixels are
+    near = gap[(gap.abs() < FAR).all(dim=1)]  # not what a square changed elsewhere, or nothing
+    too_low, too_right = near.mean(dim=0).tolist() if len(near) else (0.0, 0.0)
+    return replace(spatial, too_low=too_low, too_right=too_right)
 
 
 def measure_maps(

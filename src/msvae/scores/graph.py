@@ -31,7 +31,7 @@ class PlaceMaps:
         side = int(e.x.shape[-1])
         return {
             "residual": self.residual(e),
-            "spatial": at_size(self.spatial(e, leave_out), side),
+            "spatial": self.spatial.drawn(e, leave_out),
             "structure": at_size(self.structure(e.x, leave_out), side),
             "inspection": maps.inspection(e),
         }

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from msvae.core.evidence import Evidence
-from msvae.ops.filters import area_downsample, gaussian_blur, resize_bilinear
+from msvae.ops.filters import gaussian_blur, place_means, resize_bilinear
 from msvae.scores.moments import (
     Moments,
     cross_entropy,
@@ -49,9 +49,12 @@ def inspection(e: Evidence) -> Tensor:
     return gaussian_blur(e.segmentation, max(int(e.x.shape[-1]) / 64, 0.5))
 
 
-def at_size(coarse: Tensor, side: int) -> Tensor:
-    """A coarse map (B, h, w) at S x S pixels, smoothed by a 32nd of the side (as PaDiM)."""
-    return gaussian_blur(resize_bilinear(coarse, side), side / 32)
+def at_size(coarse: Tensor, side: int, shift: tuple[float, float] = (0, 0)) -> Tensor:
+    """A coarse map (B, h, w) at S x S pixels, smoothed by a 32nd of the side (as PaDiM).
+
+    It is drawn `shift` places further up and left.
+    """
+    return gaussian_blur(resize_bilinear(coarse, side, shift), side / 32)
 
 
 @dataclass(frozen=True)
@@ -156,6 +159,10 @@ class SpatialMap:
     mix: Tensor  # (C, D) fixed random orthonormal projection of the stacked channels
     n: int
     shrinkage: float
+    # Places by which the distances lie too far down and right: a stage of stride 2 learns to which
+    # of its pixels it looks most, so that where they lie is measured.
+    too_low: float = 0.0
+    too_right: float = 0.0
 
     @staticmethod
     def projection(channels: int, seed: int = 0) -> Tensor:
@@ -168,13 +175,13 @@ class SpatialMap:
     def local(e: Evidence, mix: Tensor) -> Tensor:
         """Local feature vectors (B, L, D) at L = h·w places, h a quarter of the side.
 
-        The three finest maps beside each other at that size, mixed by `mix`; as both are linear,
-        each is mixed and resized by itself, and all are added up.
+        The means of the three finest maps over each place, beside each other, mixed by `mix`; as
+        both are linear, each is mixed by itself, and all are added up.
         """
-        side, features = max(int(e.x.shape[-1]) // 4, 2), e.features[:3]
-        parts = mix.split([int(f.shape[1]) for f in features])
-        resized = [_resized(f, part, side) for f, part in zip(features, parts, strict=True)]
-        return sum(resized[1:], resized[0]).flatten(2).transpose(1, 2)
+        pixels, features = int(e.x.shape[-1]), e.features[:3]
+        side, parts = max(pixels // 4, 2), mix.split([int(f.shape[1]) for f in features])
+        placed = [_placed(f, part, side, pixels) for f, part in zip(features, parts, strict=True)]
+        return sum(placed[1:], placed[0]).flatten(2).transpose(1, 2)
 
     @classmethod
     def fit(cls, halves: tuple[Moments, Moments], mix: Tensor) -> "SpatialMap":
@@ -197,12 +204,18 @@ class SpatialMap:
         side = round(int(v.shape[1]) ** 0.5)
         return (square + FLOOR).sqrt().unflatten(1, (side, side))
 
+    def drawn(self, e: Evidence, leave_out: bool = False) -> Tensor:
+        """The distances where they belong in the picture, (B, H, W), as `at_size` draws them."""
+        shift = (self.too_low, self.too_right)
+        return at_size(self(e, leave_out), int(e.x.shape[-1]), shift)
 
-def _resized(maps: Tensor, mix: Tensor, side: int) -> Tensor:
-    """Maps (B, C, h, w) mixed by (C, D) and resized, (B, D, S, S)."""
-    kernel = mix.T[:, :, None, None].to(maps)
+
+def _placed(maps: Tensor, mix: Tensor, side: int, pixels: int) -> Tensor:
+    """Encoder maps (B, C, h, w) of `pixels` a side, mixed by (C, D), at places (B, D, S, S)."""
+    kernel, means = mix.T[:, :, None, None].to(maps), place_means(int(maps.shape[-1]), pixels, side)
     every, beyond = divmod(int(maps.shape[-1]), side)
     if beyond == 0:  # a strided convolution takes the means and mixes at once
-        return F.conv2d(maps, kernel.expand(-1, -1, every, every) / every**2, stride=every)
-    mixed = F.conv2d(maps, kernel)
-    return area_downsample(mixed, side) if every else resize_bilinear(mixed, side)
+        taps = means[0, : every + 1].to(maps)
+        padded = F.pad(maps, (0, 1, 0, 1), mode="replicate")
+        return F.conv2d(padded, kernel * (taps[:, None] * taps), stride=every)
+    return means.to(maps) @ (F.conv2d(maps, kernel) @ means.T.to(maps))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from msvae.ops.filters import blur_matrix, gaussian_blur, opponent
+from msvae.ops.filters import bilinear_matrix, blur_matrix, gaussian_blur, opponent
 from msvae.ops.nearest import least_squares
 
 BANDS = 3
@@ -43,10 +43,9 @@ def local_statistics(x: Tensor) -> Tensor:
     return torch.stack(out, dim=1)
 
 
-def _grid(side: int) -> Tensor:
-    """The places (g,) of the grid on either side."""
-    count = min(max(side // 4, 2), GRID)
-    return ((torch.arange(count) + 0.5) * side / count).long()
+def _grid(side: int) -> int:
+    """Places of the grid on either side."""
+    return min(max(side // 4, 2), GRID)
 
 
 def _window(side: int) -> float:
@@ -68,9 +67,9 @@ def _local_means(x: Tensor) -> Tensor:
     side = int(x.shape[-1])
     colours = opponent(x)
     luma, chroma = colours[:, 0].contiguous(), colours[:, 1:]
-    at = _grid(side).to(x.device)
+    centres = bilinear_matrix(side, _grid(side)).to(x)
     blur = blur_matrix(side, _window(side)).to(x)
-    here = blur[at]  # the blur at the places of the grid: what lies between is not wanted
+    here = centres @ blur  # the blur at the places of the grid: what lies between is not wanted
     tone, tints = blur @ (luma @ blur.T), blur @ (chroma @ blur.T)
     energies = torch.stack(
         [
@@ -82,7 +81,7 @@ def _local_means(x: Tensor) -> Tensor:
         dim=1,
     )
     planes = torch.stack([tone, *tints.unbind(dim=1), _least(luma), -_least(-luma)], dim=1)
-    return torch.cat([here @ (energies @ here.T), planes[:, :, at][..., at]], dim=1)
+    return torch.cat([here @ (energies @ here.T), centres @ (planes @ centres.T)], dim=1)
 
 
 def _bands(luma: Tensor, side: int) -> list[Tensor]:
