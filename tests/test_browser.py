@@ -73,8 +73,8 @@ def item(k, mask=None):
         kind="crack",
         reconstruction=image[::-1].copy(),
         maps=(
-            MapView(name="Heat", values=heat, level=2.0),
-            MapView(name="Sign", values=1 - heat, signed=True),
+            MapView(name="Heat", values=heat, scale=(0, 3), level=2.0),
+            MapView(name="Sign", values=1 - heat, scale=(-2, 2), signed=True),
         ),
         mask=mask,
         scores=(ScoreLine("reconstruction", 0.25, 0.05), ScoreLine("fused", 12.5, 0.025)),
@@ -392,7 +392,11 @@ def test_a_hundred_thousand_images(browser, tmp_path):
     noise = [rng.integers(0, 255, (320, 320, 3), dtype=np.uint8) for _ in range(24)]
     heat = rng.random((320, 320)).astype(np.float32)
     items = tuple(
-        Item(name=f"{k}.png", image=image, maps=(MapView(name="Heat", values=heat, level=0.99),))
+        Item(
+            name=f"{k}.png",
+            image=image,
+            maps=(MapView(name="Heat", values=heat, scale=(0, 1), level=0.99),),
+        )
         for k, image in enumerate(noise)
     )
     report = Report(

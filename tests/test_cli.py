@@ -322,16 +322,18 @@ def test_fit_groups(made, msvae, tmp_path):
 
 
 def test_score_prints_its_decisions(made, msvae):
-    """One line an image on stdout: its name, fused score, p and decision."""
+    """One line an image in a pipe: its name, p, decision and fused score between tabs."""
     odd, good = (made / "part" / "test" / kind / "00.png" for kind in ("hole", "good"))
     code, out, _ = msvae("score", made / "run", odd, good)
     assert code == 0
     table = load(made / "run").score([odd, good])
-    for row, path in enumerate((odd, good)):
-        (line,) = [li for li in out.splitlines() if str(path) in li]
-        assert f"{table.scores['fused'][row]:.3f}" in line
-        assert f"{table.p[row]:.3f}" in line
-        assert ("yes" if table.flagged[row] else "no") in line
+    head, *lines = [line.split("\t") for line in out.splitlines()]
+    assert head == ["path", "p", "flagged", "fused"]
+    for row, (path, line) in enumerate(zip((odd, good), lines, strict=True)):
+        assert line[0] == str(path)
+        assert float(line[1]) == pytest.approx(table.p[row], rel=1e-5)
+        assert line[2] == ("yes" if table.flagged[row] else "no")
+        assert float(line[3]) == pytest.approx(table.scores["fused"][row], rel=1e-5)
     assert table.flagged[0]
 
 
@@ -379,7 +381,7 @@ def test_score_draws_maps(made, msvae, tmp_path):
     ]
     assert stems == {*named, "01", "02", "03", "04", "05"}
     with Image.open(maps / f"{named[1]}.png") as picture:
-        assert picture.size == (80, 40)
+        assert picture.size == (128, 70)  # above its bar of colours
     expected = load(made / "run").scan([str(holes / "01.png")], with_maps=True).maps["fused"][0]
     with Image.open(maps / "01.tiff") as found:
         values = np.asarray(found)

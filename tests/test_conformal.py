@@ -163,3 +163,15 @@ def test_a_fixed_decision_reads_its_own_score(rule):
     other = decision.at(0.5)
     assert (other.rule, other.score, other.target_fpr) == ("conformal", "fused", 0.5)
     assert other.flags(scores, p).tolist() == [True, True, False]
+
+
+@pytest.mark.parametrize(("n", "level"), [(99, 99), (199, 198), (20, 20)])
+def test_colours_of_a_map_are_those_of_the_calibration_images(n, level):
+    """They begin at the least of the maxima; half-way is what one normal image in 100 reaches."""
+    peaks = np.random.default_rng(0).permutation(np.arange(1.0, n + 1))
+    calibration = Calibration({"fused": peaks}, {"fused": peaks, "flat": np.full(n, 3.0)})
+    low, high = calibration.map_scale("fused")
+    assert low == 1
+    assert (low + high) / 2 == pytest.approx(level)
+    low, high = calibration.map_scale("flat")
+    assert low == 3 < high

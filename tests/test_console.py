@@ -1,13 +1,18 @@
 """What is shown while something takes long: lines in a log, bars in a terminal."""
 
 import io
+import re
+import sys
 
+import numpy as np
 import pytest
 from rich.console import Console
 
 from msvae.cli import console
+from msvae.cli import main as main_module
 from msvae.cli.console import BarProgress, LineProgress, Screen
 from msvae.core.progress import during
+from msvae.evaluation.table import ScoreTable
 
 BARS = "━╸╺█▏▎▍▌▋▊▉\r\x1b"
 
@@ -137,3 +142,55 @@ def test_a_terminal_gets_bars_and_a_file_lines(monkeypatch):
     assert isinstance(Screen().progress, LineProgress)
     monkeypatch.setenv("TTY_COMPATIBLE", "1")
     assert isinstance(Screen().progress, BarProgress)
+
+
+# The decisions of `score`.
+
+
+def decided(*names):
+    """A table of images, every second flagged."""
+    n = len(names)
+    fused, p = np.linspace(1, 1234.5, n), np.linspace(0.01, 1, n)
+    flagged = np.arange(n) % 2 == 1
+    return ScoreTable(names, {"fused": fused}, {"fused": p}, p, flagged)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "cp1252"])
+@pytest.mark.parametrize("width", [80, 60, 40])
+def test_name_p_and_decision_always_show(width, encoding):
+    """On a narrow terminal the name loses its middle, and the fused score goes first."""
+    names = ["/data/" + "very/" * 30 + f"picture-{i}.png" for i in range(3)]
+    file = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    screen = Screen()
+    screen.out = Console(file=file, width=width, force_terminal=True)
+    screen.scores(decided(*names))
+    file.seek(0)
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", file.read()).splitlines()
+    assert max(map(len, lines)) <= width
+    for i, p, flag in ((0, "0.010", "no"), (1, "0.505", "yes"), (2, "1.000", "no")):
+        (line,) = [line for line in lines if f"{i}.png" in line]
+        assert p in line
+        assert flag in line
+    assert "fused score" not in "".join(lines)
+
+
+def test_short_names_leave_room_for_the_fused_score():
+    """All four columns, no name cut."""
+    screen, file = Screen(), io.StringIO()
+    screen.out = Console(file=file, width=60, force_terminal=True)
+    screen.scores(decided("a.png", "b.png"))
+    assert "fused score" in file.getvalue()
+    assert "1234.500" in file.getvalue()
+
+
+def test_a_console_without_the_letters_gets_question_marks(monkeypatch):
+    """Under cp1252 a name in another script is printed all the same; odd bytes go out as they came."""
+    for encoding, name, wanted in (
+        ("cp1252", "日本.png", b"??.png"),
+        ("utf-8", "\udcff.png", b"\xff.png"),
+    ):
+        raw = io.BytesIO()
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding=encoding))
+        main_module._print_anything()
+        print(name, flush=True)
+        assert raw.getvalue().strip() == wanted

@@ -147,15 +147,27 @@ names = st.lists(cells.filter(bool), min_size=1, max_size=4, unique=True)
 @settings(max_examples=100, deadline=None)
 @given(names, st.data())
 def test_rows_come_back(tmp_path_factory, head, data):
-    """Any text in any cell, line breaks and quotes too; and every float to the bit."""
+    """Any text in any cell, line breaks and quotes too; and every float to the bit.
+
+    But for text that a spreadsheet would take for a formula: as a name in this folder.
+    """
     path = tmp_path_factory.getbasetemp() / "rows.csv"
     value = st.one_of(cells, st.floats(allow_nan=False), st.integers())
     rows = data.draw(st.lists(st.fixed_dictionaries(dict.fromkeys(head, value)), min_size=1))
     files.write_rows(path, rows)
     back = files.read_rows(path)
-    assert back == [{k: str(v) for k, v in row.items()} for row in rows]
+    assert back == [{no_formula(k): no_formula(v) for k, v in row.items()} for row in rows]
     for row, read in zip(rows, back, strict=True):
-        assert all(float(read[k]).hex() == v.hex() for k, v in row.items() if type(v) is float)
+        cells_read = [read[no_formula(k)] for k, v in row.items() if type(v) is float]
+        assert [float(x).hex() for x in cells_read] == [
+            v.hex() for v in row.values() if type(v) is float
+        ]
+
+
+def no_formula(cell):
+    """Text that begins like a formula begins with ./ instead; numbers may be negative."""
+    odd = isinstance(cell, str) and cell.startswith(tuple("=+-@\t\r"))
+    return f"./{cell}" if odd else str(cell)
 
 
 def test_no_rows(tmp_path):

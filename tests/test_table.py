@@ -52,7 +52,11 @@ def test_a_table_comes_back_to_the_bit(tmp_path_factory, table):
     path = tmp_path_factory.getbasetemp() / "table.csv"
     table.write_csv(path)
     back = ScoreTable.read_csv(path)
-    assert (back.paths, back.kinds, len(back)) == (table.paths, table.kinds, len(table))
+    names = [table.paths, table.kinds]
+    paths, kinds = (
+        t and tuple(f"./{x}" if x[:1] in "=+-@\t\r" and x else x for x in t) for t in names
+    )
+    assert (back.paths, back.kinds, len(back)) == (paths, kinds, len(table))
     assert list(back.scores) == list(table.scores)
     assert parts(back) == parts(table)
     first = path.read_bytes()
@@ -167,3 +171,14 @@ def test_the_quarantine_lists_names_and_reasons(tmp_path):
         ]
     write_quarantine(tmp_path / "none.csv", [])
     assert (tmp_path / "none.csv").read_text() == "path,reason\n"
+
+
+def test_a_table_for_a_spreadsheet(tmp_path):
+    """With a byte-order mark on demand; names that look like formulas as names in their folder."""
+    names = ("=cmd|x.png", "+1.png", "-1.png", "@a.png", "ü.png", "a=b.png")
+    table = ScoreTable(names, {"fused": np.array([-1.0, 1, 2, 3, 4, 5])})
+    table.write_csv(tmp_path / "t.csv", bom=True)
+    raw = (tmp_path / "t.csv").read_bytes()
+    assert raw.startswith(b"\xef\xbb\xbfpath,fused\n./=cmd|x.png,-1.0\n")
+    back = ScoreTable.read_csv(tmp_path / "t.csv")
+    assert back.paths == ("./=cmd|x.png", "./+1.png", "./-1.png", "./@a.png", "ü.png", "a=b.png")

@@ -124,7 +124,7 @@ def score(options: argparse.Namespace) -> int:
         for error in scan.quarantine:
             screen.say(f"left out: {error}")
     else:
-        scan.table.write_csv(options.out)
+        scan.table.write_csv(options.out, bom=options.bom)
         screen.scored(scan.table, options.out)
         quarantine = options.out.with_name(f"{options.out.stem}.quarantine.csv")
         quarantine.unlink(missing_ok=True)  # an earlier command's
@@ -172,7 +172,7 @@ def explain(options: argparse.Namespace) -> int:
 
 def report(options: argparse.Namespace) -> int:
     """One self-contained HTML page."""
-    _report(_screen(), options.source, run=options.run)
+    _report(_screen(), options.source, run=options.run, page=options.out)
     return 0
 
 

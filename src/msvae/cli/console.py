@@ -1,10 +1,14 @@
 """What the command line shows: progress bars, tables and one-line messages, by rich."""
 
+import csv
+import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
+from rich.cells import cell_len
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import (
@@ -20,6 +24,7 @@ from rich.table import Table
 
 from msvae.evaluation.conformal import Decision
 from msvae.evaluation.table import ScoreTable
+from msvae.viz.text import clip
 
 T = TypeVar("T")
 LONG = 2.0  # seconds: of what takes longer the end is said, too
@@ -228,17 +233,31 @@ class Screen:
         self.out.print("flagged: " + ", ".join(parts), highlight=False)
 
     def scores(self, table: ScoreTable) -> None:
-        """The decision on each image."""
-        rows = [
-            {
-                "path": path,
-                "fused": float(table.scores["fused"][i]),
-                "p": None if table.p is None else float(table.p[i]),
-                "flagged": "yes" if table.flagged is not None and table.flagged[i] else "no",
-            }
-            for i, path in enumerate(table.paths)
+        """The decision on each image: a table on a terminal, else lines of cells between tabs.
+
+        Name, p and decision always show: the fused score where there is room, and of a name that is
+        too long the middle is left out.
+        """
+        flagged = np.zeros(len(table), bool) if table.flagged is None else table.flagged
+        rows: list[dict[str, Any]] = [
+            {"path": path, "p": float(p), "flagged": "yes" if flag else "no", "fused": float(fused)}
+            for path, p, flag, fused in zip(
+                table.paths, table.p_values["fused"], flagged, table.scores["fused"], strict=True
+            )
         ]
-        columns = {"path": "image", "fused": "fused score", "p": "p", "flagged": "flagged"}
+        if not self.out.is_terminal:
+            lines = csv.writer(sys.stdout, delimiter="\t", lineterminator="\n")
+            lines.writerow(SCORE_COLUMNS)
+            lines.writerows([row["path"], *_digits(row)] for row in rows)
+            return
+        longest = max((cell_len(row["path"]) for row in rows), default=0)
+        columns = dict(SCORE_COLUMNS)
+        room = self.out.width - _width(columns)
+        if longest > room:
+            del columns["fused"]
+            room = self.out.width - _width(columns)
+        for row in rows:
+            row["path"] = clip(row["path"], max(room, SHORTEST))
         self.out.print(score_table("", rows, columns), soft_wrap=True)
 
     def scored(self, table: ScoreTable, path: Path) -> None:
@@ -251,6 +270,21 @@ class Screen:
         if decision.rule == "conformal":
             return f"flags at a false-alarm rate of {decision.target_fpr:g}"
         return f"flags when the {decision.score} score reaches {decision.threshold:.4g}"
+
+
+SCORE_COLUMNS = {"path": "image", "p": "p", "flagged": "flagged", "fused": "fused score"}
+SHORTEST = 12  # characters of a name at least
+NUMBER = 7  # characters of a number at most: 999.999
+
+
+def _digits(row: Mapping[str, Any]) -> list[str]:
+    return [f"{row['p']:.6g}", row["flagged"], f"{row['fused']:.6g}"]
+
+
+def _width(columns: Mapping[str, str]) -> int:
+    """Of a table of these columns, but for the cells of the first."""
+    others = list(columns.values())[1:]
+    return sum(max(len(heading), NUMBER) + 3 for heading in others) + 4
 
 
 HEADINGS = {

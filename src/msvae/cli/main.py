@@ -5,6 +5,7 @@ torch, matplotlib and rich are imported by the verb that needs them, so that `--
 
 import argparse
 import dataclasses
+import io
 import sys
 import warnings
 from collections.abc import Sequence
@@ -23,6 +24,7 @@ image how surprising it is, at a false-alarm rate that it keeps, and why."""
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command; exits with 0, with 2 for a mistake that the user can mend, or as the verb says."""
     warnings.showwarning = _show_warning
+    _print_anything()
     parser = build_parser()
     options = parser.parse_args(arguments)
     try:
@@ -40,6 +42,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print("msvae: interrupted; finished epochs are kept: fit --resume goes on", file=sys.stderr)
         sys.exit(130)
     sys.exit(code or 0)
+
+
+def _print_anything() -> None:
+    """Let every name be printed: odd bytes as they came, what a console has no letter for as `?`."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            unicode = stream.encoding.lower().startswith("utf")
+            stream.reconfigure(errors="surrogateescape" if unicode else "replace")
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
@@ -159,6 +169,9 @@ def _add_score(verbs: Any) -> None:
     p.add_argument("images", nargs="+", metavar="PATH", help="images, folders or globs")
     p.add_argument("--out", type=Path, metavar="F.csv", help="write the table here")
     p.add_argument(
+        "--bom", action="store_true", help="begin F.csv with a byte-order mark, as Excel wants it"
+    )
+    p.add_argument(
         "--maps", type=Path, metavar="DIR", help="write each image's fused map: .png, .tiff"
     )
     p.add_argument(
@@ -196,6 +209,9 @@ def _add_report(verbs: Any) -> None:
     p = _verb(verbs, "report", commands.report, text)
     p.add_argument("source", type=Path, metavar="RUN|F.csv")
     p.add_argument("--run", type=Path, help="the run that made F.csv: its maps are shown then")
+    p.add_argument(
+        "--out", type=Path, metavar="F.html", help="default: report.html there, or beside F.csv"
+    )
 
 
 def _add_benchmark(verbs: Any) -> None:

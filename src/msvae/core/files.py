@@ -1,5 +1,6 @@
 """Files that appear under their name whole or not at all: bytes, text, JSON and CSV."""
 
+import codecs
 import csv
 import hashlib
 import io
@@ -18,6 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from msvae.core.errors import OutputError
+
+FORMULA = ("=", "+", "-", "@", "\t", "\r")  # how a spreadsheet's formula begins
 
 
 @contextmanager
@@ -104,14 +107,23 @@ def as_csv(rows: Iterable[Sequence[object]]) -> bytes:
 
 def _csv_line(row: Sequence[object]) -> bytes:
     line = io.StringIO()  # a lone \r in a cell is quoted only where the line ends hold one
-    csv.writer(line, lineterminator="\r\n").writerow(row)
+    csv.writer(line, lineterminator="\r\n").writerow([_no_formula(cell) for cell in row])
     text = line.getvalue().removesuffix("\r\n") + "\n"
     return text.encode("utf-8", "surrogateescape")
 
 
-def write_table(path: Path, rows: Iterable[Sequence[object]]) -> None:
-    """Write rows of cells as CSV, atomically, each as it comes: no memory grows with their number."""
+def _no_formula(cell: object) -> object:
+    """A name that a spreadsheet would take for a formula as the same name in this folder, `./=a.png`."""
+    return f"./{cell}" if isinstance(cell, str) and cell.startswith(FORMULA) else cell
+
+
+def write_table(path: Path, rows: Iterable[Sequence[object]], *, bom: bool = False) -> None:
+    """Write rows of cells as CSV, atomically, each as it comes: no memory grows with their number.
+
+    `bom` begins the file with a byte-order mark.
+    """
     with atomic(path) as file:
+        file.write(codecs.BOM_UTF8 if bom else b"")
         file.writelines(map(_csv_line, rows))
 
 

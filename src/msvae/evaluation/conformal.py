@@ -108,6 +108,16 @@ class Calibration:
         kept = max(rate, 1 / (len(peaks) + 1))
         return threshold(peaks, kept), kept
 
+    def map_scale(self, name: str, rate: float = 0.01) -> tuple[float, float]:
+        """Where the colours of a map begin and end, the same for every image of a run.
+
+        They begin at what every calibration image reaches somewhere; half-way lies what a share `rate`
+        of them reaches (of few images: the greatest of all), so that an ordinary map stays dark.
+        """
+        peaks = self.peaks[name]
+        low, level = float(peaks.min()), threshold(peaks, max(rate, 1 / (len(peaks) + 1)))
+        return low, low + 2 * max(level - low, 1e-6)
+
     def thresholds(self, rate: float) -> dict[str, float]:
         """For every score the least value that is flagged at the rate."""
         return {name: threshold(reference, rate) for name, reference in self.scores.items()}

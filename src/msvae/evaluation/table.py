@@ -58,9 +58,12 @@ class ScoreTable:
             out["flagged"] = self.flagged.astype(int).tolist()
         return out
 
-    def write_csv(self, path: Path) -> None:
-        """Write the table atomically; floats come back to the bit."""
-        write_table(path, self._rows())
+    def write_csv(self, path: Path, *, bom: bool = False) -> None:
+        """Write the table atomically; floats come back to the bit.
+
+        `bom` begins the file with a byte-order mark, by which Excel knows that it is UTF-8.
+        """
+        write_table(path, self._rows(), bom=bom)
 
     def _rows(self) -> Iterator[Sequence[object]]:
         """The names of the columns, then the cells of each image.

@@ -149,6 +149,7 @@ def _one(
         level=level,
         level_rate=rate,
         peaks=peaks,
+        scales={k: detector.calibration.map_scale(k) for k in detector.calibration.peaks},
         regions=regions(maps["fused"], level, peaks, image, detector.config.model.resize),
         scores={k: float(v[row]) for k, v in table.scores.items()},
         p_values={k: float(v[row]) for k, v in table.p_values.items()},

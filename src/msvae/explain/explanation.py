@@ -10,10 +10,10 @@ from PIL import Image
 
 from msvae.core.config import Resize
 from msvae.evaluation.conformal import conformal_p
-from msvae.scores.catalog import TITLES, UNITS
+from msvae.scores.catalog import SHORT_UNITS, TITLES, UNITS
 from msvae.viz import overlays as pictures
 from msvae.viz.overlays import Map, Pixels
-from msvae.viz.text import in_words, number, percent, tail
+from msvae.viz.text import Interval, in_words, number, percent, tail
 
 SIDE = 360  # px of one view at most
 SHOWN = (
@@ -26,6 +26,7 @@ SHOWN = (
     "hirescam_fused",
 )
 CAMS = ("gradcam", "hirescam")
+NAMES = {TITLES[name]: name for name in SHOWN}
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ class Explanation:
     level: float  # of the fused map: normal images reach it at `level_rate`
     level_rate: float
     peaks: NDArray[np.float64]  # maxima of the fused maps of the conformal images
+    scales: dict[str, Interval]  # where the colours of each map begin and end, by those images
     regions: tuple[Region, ...]
     scores: dict[str, float]
     p_values: dict[str, float]
@@ -80,6 +82,16 @@ class Explanation:
         fused = self.maps["fused"]
         known = np.nan_to_num(fused, nan=-np.inf).astype(np.float64)
         return conformal_p(known.ravel(), self.peaks).reshape(fused.shape).astype(np.float32)
+
+    def scale(self, name: str) -> Interval:
+        """Where a map's colours begin and end: by the calibration images, of a CAM by its own reach.
+
+        A CAM has no unit, and its sign alone means something.
+        """
+        if name in self.scales:
+            return self.scales[name]
+        reach = float(np.abs(self.model_maps[name]).max()) or 1.0
+        return -reach, reach
 
     def to_json(self) -> dict[str, Any]:
         """All numbers, without the pictures."""
@@ -138,18 +150,6 @@ def signed(name: str) -> bool:
     return name == "difference" or name.startswith(CAMS)
 
 
-def scale_of(name: str, values: Map, level: float | None = None) -> tuple[float, float]:
-    """Where a map's colours begin and end: symmetric where signed, up to the level at least."""
-    clean = values[np.isfinite(values)]
-    if signed(name):
-        reach = float(np.abs(clean).max()) or 1.0
-        return -reach, reach
-    low, high = float(np.median(clean)), float(clean.max())
-    if level is not None:
-        high = max(high, level)
-    return low, high if high > low else low + 1.0
-
-
 def views(e: Explanation) -> dict[str, Pixels]:
     """Input, reconstruction, each map over the image, and the regions, by title."""
     image = pictures.shrink(e.image, SIDE)
@@ -158,9 +158,7 @@ def views(e: Explanation) -> dict[str, Pixels]:
     whole = e.maps
     for name in SHOWN:
         if name in whole:
-            level = e.level if name == "fused" else None
-            scale = scale_of(name, whole[name], level)
-            drawn[TITLES[name]] = pictures.overlay(image, whole[name], *scale, signed(name))
+            drawn[TITLES[name]] = pictures.overlay(image, whole[name], *e.scale(name), signed(name))
     fused = pictures.fit_map(np.nan_to_num(whole["fused"], nan=-1e9), rows, columns)
     drawn["Regions"] = (
         pictures.outline(image, fused.astype(np.float64) >= e.level) if e.regions else image
@@ -185,10 +183,25 @@ def figure(e: Explanation) -> Any:
         )
         axes.set_title(title, fontsize=10, loc="left")
         axes.set_axis_off()
+        if title in NAMES:
+            _bar(axes, e, NAMES[title])
     _shares(panel.add_subplot(grid[-1, :2]), e)
     _words(panel.add_subplot(grid[-1, 2:]), e)
     panel.suptitle(f"{tail(e.name)}: {verdict(e)}", fontsize=12, x=0.01, ha="left")
     return panel
+
+
+def _bar(axes: Any, e: Explanation, name: str) -> None:
+    """The colours of a map below it, with its unit."""
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+
+    colours = ScalarMappable(Normalize(*e.scale(name)), pictures.palette_name(signed(name)))
+    bar = axes.figure.colorbar(
+        colours, ax=axes, orientation="horizontal", fraction=0.05, pad=0.02, aspect=30
+    )
+    bar.ax.tick_params(labelsize=7)
+    bar.set_label(UNITS.get(name, "its own scale"), fontsize=7)
 
 
 def verdict(e: Explanation) -> str:
@@ -226,11 +239,24 @@ def _words(axes: Any, e: Explanation) -> None:
     axes.set_axis_off()
 
 
+def _range(e: Explanation, title: str) -> str:
+    """The colours of a map with the values at their ends, as HTML; nothing for a picture."""
+    if title not in NAMES:
+        return ""
+    name = NAMES[title]
+    low, high = (number(value, 2) for value in e.scale(name))
+    return (
+        f'<br><small>{low} <span style="display:inline-block;width:50px;height:6px;background:'
+        f'{pictures.gradient(signed(name))}"></span> {high} {SHORT_UNITS.get(name, "")}</small>'
+    )
+
+
 def html(e: Explanation) -> str:
     """The panel's views beside each other, self-contained."""
     cells = "".join(
         f'<figure style="margin:0"><img alt="{escape(title)}" style="width:150px" '
-        f'src="{pictures.data_uri(pixels, SIDE)}"><figcaption>{escape(title)}</figcaption></figure>'
+        f'src="{pictures.data_uri(pixels, SIDE)}"><figcaption>{escape(title)}{_range(e, title)}'
+        "</figcaption></figure>"
         for title, pixels in views(e).items()
     )
     shares = ", ".join(

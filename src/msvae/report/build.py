@@ -19,7 +19,7 @@ from msvae.data.images import Pixels, Source, load_mask, open_image, squared
 from msvae.evaluation import metrics
 from msvae.evaluation.table import ScoreTable
 from msvae.explain.explain import explain_many
-from msvae.explain.explanation import SHOWN, Explanation, scale_of, signed
+from msvae.explain.explanation import SHOWN, Explanation, signed
 from msvae.report.gallery import Gallery, Item, MapView, ScoreLine, choose
 from msvae.report.page import Comparison, Figure, Published, Report, write_report
 from msvae.report.summary import GALLERIES, TAUGHT, Summary, one_sided_note
@@ -385,15 +385,13 @@ def _score_line(table: ScoreTable, name: str, row: int) -> ScoreLine:
 
 def _map_view(name: str, e: Explanation) -> MapView:
     values = e.model_maps[name]
-    level = e.level if name == "fused" else None
-    own = scale_of(name, values) if signed(name) else None
     return MapView(
         name=TITLES[name],
         values=values,
+        scale=e.scale(name),
         signed=signed(name),
         unit=SHORT_UNITS.get(name, ""),
-        scale=own,
-        level=level,
+        level=e.level if name == "fused" else None,
     )
 
 

@@ -43,16 +43,16 @@ LEVELS = (  # tried in order until the pictures fit
 
 @dataclass(frozen=True, kw_only=True)
 class MapView:
-    """A map of one image. `scale` is where the colours begin and end (None: from all its images).
+    """A map of one image. `scale` is where the colours begin and end.
 
     A signed map diverges about 0. Pixels above `level` are outlined.
     """
 
     name: str
     values: Map
+    scale: Interval
     signed: bool = False
     unit: str = ""
-    scale: Interval | None = None
     level: float | None = None
 
 
@@ -135,32 +135,29 @@ def fit_galleries(
 ) -> list[dict[str, Any]]:
     """The galleries with their pictures encoded, as finely as the page's size allows."""
     shown = [g for g in galleries if g.items][:GALLERIES_LIMIT]
-    scales = map_scales(shown)
     encoded: list[dict[str, Any]] = []
     for level in LEVELS:
-        if _estimate(shown, scales, level) > PICTURE_BYTES and level != LEVELS[-1]:
+        if _estimate(shown, level) > PICTURE_BYTES and level != LEVELS[-1]:
             continue
-        encoded = _encode(shown, scales, n_conformal, level)
+        encoded = _encode(shown, n_conformal, level)
         if len(encoded) == len(shown):
             break
     return encoded
 
 
-def _estimate(galleries: Sequence[Gallery], scales: Mapping[str, Interval], level: Level) -> int:
+def _estimate(galleries: Sequence[Gallery], level: Level) -> int:
     """The bytes of all pictures, if those of a gallery are like its first."""
     counts = [min(len(g.items), level.items) for g in galleries]
-    firsts = [_item(g.items[0], scales, None, level)["bytes"] for g in galleries]
+    firsts = [_item(g.items[0], None, level)["bytes"] for g in galleries]
     return sum(count * first for count, first in zip(counts, firsts, strict=True))
 
 
-def _encode(
-    galleries: Sequence[Gallery], scales: Mapping[str, Interval], n: int | None, level: Level
-) -> list[dict[str, Any]]:
+def _encode(galleries: Sequence[Gallery], n: int | None, level: Level) -> list[dict[str, Any]]:
     """The galleries in order, up to the first for which there is no more room."""
     encoded: list[dict[str, Any]] = []
     room = PICTURE_BYTES
     for gallery in galleries:
-        views = [_item(item, scales, n, level) for item in gallery.items[: level.items]]
+        views = [_item(item, n, level) for item in gallery.items[: level.items]]
         room -= sum(view["bytes"] for view in views)
         if room < 0:
             break
@@ -168,30 +165,7 @@ def _encode(
     return encoded
 
 
-def map_scales(galleries: Sequence[Gallery]) -> dict[str, Interval]:
-    """Where the colours of each map kind begin and end, the same for every image of the page."""
-    kinds: dict[str, list[MapView]] = {}
-    for gallery in galleries:
-        for item in gallery.items[:GALLERY_LIMIT]:
-            for view in item.maps:
-                kinds.setdefault(view.name, []).append(view)
-    return {name: _scale(views) for name, views in kinds.items()}
-
-
-def _scale(views: Sequence[MapView]) -> Interval:
-    clean = [np.nan_to_num(v.values, nan=0, posinf=0, neginf=0) for v in views]
-    if views[0].signed:
-        reach = float(np.median([np.abs(v).max() for v in clean])) or 1.0
-        return -reach, reach
-    low = float(np.median([np.median(v) for v in clean]))
-    levels = [v.level for v in views if v.level is not None]
-    high = max([float(np.median([v.max() for v in clean])), *levels])
-    return low, high if high > low else low + 1
-
-
-def _item(
-    item: Item, scales: Mapping[str, Interval], n: int | None, level: Level
-) -> dict[str, Any]:
+def _item(item: Item, n: int | None, level: Level) -> dict[str, Any]:
     largest = max((abs(v) for v in item.contributions.values()), default=0) or 1
     small = max(item.image.shape[:2]) <= level.thumb  # the thumbnail serves for the input
     folder, _, base = tail(item.name).rpartition("/")
@@ -202,7 +176,7 @@ def _item(
         "thumb": pictures.data_uri(item.image, level.thumb, level.quality),
         "views": _views(item, level, with_input=not small),
         "truth": None if item.mask is None else _truth(item.mask, level),
-        "maps": [_map_view(item, m, m.scale or scales[m.name], level) for m in item.maps],
+        "maps": [_map_view(item, m, level) for m in item.maps],
         "nearest": [
             (name, pictures.data_uri(picture, level.thumb, level.quality))
             for name, picture in item.nearest[:NEAREST_LIMIT]
@@ -249,9 +223,9 @@ def _bounded(shape: tuple[int, ...], side: int) -> tuple[int, int]:
     return max(1, round(shape[0] * scale)), max(1, round(shape[1] * scale))
 
 
-def _map_view(item: Item, m: MapView, scale: Interval, level: Level) -> dict[str, Any]:
+def _map_view(item: Item, m: MapView, level: Level) -> dict[str, Any]:
     image = pictures.shrink(item.image, level.side)
-    drawn = pictures.overlay(image, m.values, *scale, m.signed)
+    drawn = pictures.overlay(image, m.values, *m.scale, m.signed)
     clean = np.nan_to_num(m.values)
     outline = None
     if m.level is not None:
@@ -261,8 +235,8 @@ def _map_view(item: Item, m: MapView, scale: Interval, level: Level) -> dict[str
         "name": m.name,
         "src": pictures.data_uri(drawn, level.side, level.quality),
         "gradient": pictures.gradient(m.signed),
-        "low": readable(scale[0], 2),
-        "high": readable(scale[1], 2),
+        "low": readable(m.scale[0], 2),
+        "high": readable(m.scale[1], 2),
         "peak": f"peak {readable(float(peak), 2)} {m.unit}".strip(),
         "outline": outline,
         "level": readable(m.level, 2) if outline else "",

@@ -17,6 +17,7 @@ from msvae.evaluation.table import write_quarantine
 from msvae.explain import explanation
 from msvae.run.detector import Detector, load
 from msvae.run.score import EachMap, Maps
+from msvae.scores.catalog import UNITS
 from msvae.viz import curves as figures
 from msvae.viz import overlays as pictures
 
@@ -26,18 +27,19 @@ MAP_SIDE = 512  # px of a map's picture at most
 def map_writer(out: Path, paths: Sequence[str], detector: Detector) -> EachMap:
     """Writes the fused map of each image it is given: `<stem>.png` to look at, `<stem>.tiff` floats.
 
-    The picture is at most 512 px a side; the TIFF holds the values at the model's resolution.
+    The picture is at most 512 px a side, its colours those of every image of the run, shown below it;
+    the TIFF holds the values at the model's resolution.
     """
     stems = files.unique_stems(paths)
     c = detector.config.model
-    level, _ = detector.calibration.map_level()
+    scale = detector.calibration.map_scale("fused")
 
     def write(name: str, maps: Maps) -> None:
         fused = maps["fused"]
         whole = squared(open_image(name), c.resize)
         image = pictures.shrink(np.asarray(whole), MAP_SIDE)
-        low = float(np.median(fused))
-        drawn = pictures.overlay(image, fused, low, max(level, float(fused.max()), low + 1e-6))
+        drawn = pictures.overlay(image, fused, *scale)
+        drawn = pictures.with_bar(drawn, *scale, UNITS["fused"])
         files.write_bytes(out / f"{stems[name]}.png", pictures.as_bytes(drawn, "PNG"))
         files.write_bytes(out / f"{stems[name]}.tiff", pictures.as_bytes(fused, "TIFF"))
 

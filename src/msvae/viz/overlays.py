@@ -16,6 +16,7 @@ Pixels = NDArray[np.uint8]  # (H, W, 3)
 Map = NDArray[np.float32]  # (H, W)
 SEQUENTIAL, DIVERGING = "inferno", "RdBu_r"
 LOSSLESS_SIDE = 64
+BAR_WIDTH, BAR_HEIGHT = 128, 30  # px of a bar of colours with its words, at least
 SVG_NS = "http://www.w3.org/2000/svg"
 KEPT_ELEMENTS = frozenset(
     "svg g defs path use rect line polyline polygon circle ellipse text tspan clipPath "  # noqa: SIM905
@@ -34,9 +35,14 @@ def _palette(name: str) -> Pixels:
     return colours
 
 
+def palette_name(signed: bool) -> str:
+    """The colour map of matplotlib that maps are drawn in."""
+    return DIVERGING if signed else SEQUENTIAL
+
+
 def gradient(signed: bool, steps: int = 9) -> str:
     """The colour scale as a CSS gradient, low to high."""
-    colours = _palette(DIVERGING if signed else SEQUENTIAL)[np.linspace(0, 255, steps).astype(int)]
+    colours = _palette(palette_name(signed))[np.linspace(0, 255, steps).astype(int)]
     stops = ", ".join(f"rgb({r} {g} {b})" for r, g, b in colours)
     return f"linear-gradient(to right, {stops})"
 
@@ -50,7 +56,7 @@ def strength(values: Map, low: float, high: float) -> NDArray[np.float64]:
 def colour(values: Map, low: float, high: float, signed: bool = False) -> Pixels:
     """A map in colours, (H, W, 3); a signed one diverges about the middle of `low`…`high`."""
     index = (strength(values, low, high) * 255).round().astype(int)
-    painted: Pixels = _palette(DIVERGING if signed else SEQUENTIAL)[index]
+    painted: Pixels = _palette(palette_name(signed))[index]
     return painted
 
 
@@ -64,6 +70,21 @@ def overlay(image: Pixels, values: Map, low: float, high: float, signed: bool = 
     mixed = grey + opacity[..., None] * (colour(values, low, high, signed) - grey)
     drawn: Pixels = np.clip(mixed, 0, 255).round().astype(np.uint8)
     return drawn
+
+
+def with_bar(image: Pixels, low: float, high: float, unit: str) -> Pixels:
+    """The picture above a bar of the colours from `low` to `high`, with both values and the unit."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    width, font = max(image.shape[1], BAR_WIDTH), ImageFont.load_default(11)
+    page = Image.new("RGB", (width, image.shape[0] + BAR_HEIGHT), "white")
+    page.paste(Image.fromarray(image), ((width - image.shape[1]) // 2, 0))
+    ramp = np.linspace(low, high, width - 12, dtype=np.float32)
+    page.paste(Image.fromarray(colour(np.tile(ramp, (8, 1)), low, high)), (6, image.shape[0] + 4))
+    draw, top = ImageDraw.Draw(page), image.shape[0] + 14
+    draw.text((6, top), f"{low:.3g}", "black", font)
+    draw.text((width - 6, top), f"{high:.3g} {unit}", "black", font, anchor="ra")
+    return np.asarray(page)
 
 
 def outline(image: Pixels, inside: NDArray[np.bool_]) -> Pixels:
