@@ -637,7 +637,7 @@ def test_a_finished_run_is_not_written_over(made, run, msvae):
 @pytest.fixture
 def labelled(tmp_path, monkeypatch):
     """Normal and anomalous images, and masks of the latter; no figures, which take longest."""
-    monkeypatch.setattr(evaluate, "draw_figures", lambda *_: None)
+    monkeypatch.setattr(evaluate, "draw_figures", lambda *_: {})
     rng = np.random.default_rng(0)
     write(tmp_path / "normal", smooth_images(4, 6))
     odd = rng.integers(0, 256, (3, 32, 32, 3), dtype=np.uint8)

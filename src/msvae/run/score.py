@@ -3,12 +3,13 @@
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from threading import Lock
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from msvae.core.config import Resize
-from msvae.core.errors import DataError, ImageError
+from msvae.core.errors import DataError, ImageError, RunError
 from msvae.core.files import DiskArray
 from msvae.core.progress import NullProgress, Progress
 from msvae.data.images import Pixels, Source, load_image, name_of
@@ -92,7 +93,11 @@ def score_batches(
             return {}, {}
         numbers, maps = engine(pixels, drawing)
         drawn = {} if maps is None else dict(zip(MAPS, maps.transpose(1, 0, 2, 3), strict=True))
-        return verdict(numbers), drawn
+        check_finite(numbers, *drawn.values())
+        with np.errstate(all="ignore"):  # what a broken run makes of them is refused
+            scores = verdict(numbers)
+        check_finite(*scores.values())
+        return scores, drawn
 
     for scores, maps in in_parallel(work, batches, engine.workers):
         for name, column in scores.items():
@@ -104,6 +109,12 @@ def score_batches(
                 arrays.setdefault(name, DiskArray()).add(values)
     joined = {name: np.concatenate(parts) for name, parts in columns.items()}
     return joined, {name: array.array() for name, array in arrays.items()}
+
+
+def check_finite(*arrays: NDArray[np.floating[Any]]) -> None:
+    """Raise `RunError` where a run gives anything that is no finite number: none may be served."""
+    if not all(np.isfinite(array).all() for array in arrays):
+        raise RunError("the run gives scores that are no finite numbers: fit it again")
 
 
 class ImageReader:
