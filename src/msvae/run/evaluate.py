@@ -61,6 +61,9 @@ def evaluate(
     Raises `DataError` where an image is one that the run was made with, and `ConfigError` where
     neither a data set nor both folders are named.
     """
+    run = Path(run)
+    target = run / "evaluation" if out is None else Path(out)
+    check_folder(target)
     if dataset is not None:
         samples, name = find_labelled(dataset), Path(dataset).resolve().name
     elif normal is not None and anomalous is not None:
@@ -68,9 +71,6 @@ def evaluate(
         name = Path(anomalous).resolve().name
     else:
         raise ConfigError("evaluate needs a DATASET, or both --normal DIR and --anomalous DIR")
-    run = Path(run)
-    target = run / "evaluation" if out is None else Path(out)
-    check_folder(target)
     detector = load(run, engine)
     check_leakage(run, samples)
     return evaluate_samples(

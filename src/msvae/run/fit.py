@@ -18,7 +18,7 @@ from torch import Tensor
 from msvae.core import config as settings
 from msvae.core.config import Config
 from msvae.core.device import batch_size, choose_device, to_batch
-from msvae.core.errors import ImageError, RunError
+from msvae.core.errors import DataError, ImageError, RunError
 from msvae.core.files import as_csv
 from msvae.core.progress import NullProgress, Progress, during
 from msvae.core.replacement import check_folder
@@ -47,7 +47,7 @@ from msvae.run.leakage import check_examples
 from msvae.run.parts import GroupBy, Part, Parts, batches, split_images
 from msvae.run.precision import is_tried, trial_batches, try_bfloat16
 from msvae.scores.catalog import MAPS, NUMBERS
-from msvae.scores.fit import Batches, learn
+from msvae.scores.fit import Batches, Learned, learn
 from msvae.scores.graph import ScoringGraph
 from msvae.scores.verdict import Verdict
 from msvae.training.auxiliary import TrainingResult, train_pretext, train_segmenter
@@ -55,6 +55,7 @@ from msvae.training.vae import State, train
 
 REFERENCES = 1000  # training images whose thumbnails are kept
 THUMBNAIL = 32
+TOO_ALIKE = "the training images differ too little to learn from: add images that do"
 EXAMPLE = 4  # images for which OpenVINO's numbers must be torch's
 
 
@@ -158,19 +159,21 @@ def fit_parts(
     train_segmenter(networks, pixels, stop, config, progress)
     round_weights(networks.eval().requires_grad_(False))
     held = _images(stop, device, NullProgress(), "")
-    learned = during(
-        progress,
-        "fitting scores",
-        lambda: learn(
+
+    def fit_scores() -> Learned:
+        return learn(
             networks,
             _images(pixels, device, progress, "learning scores"),
             held,
             count=sizes["train"],
             alpha=config.decide.alpha,
             beta=config.train.beta,
-        ),
-    )
-    graph, verdict = learned
+        )
+
+    try:
+        graph, verdict = during(progress, "fitting scores", fit_scores)
+    except (torch.linalg.LinAlgError, np.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
+        raise DataError(TOO_ALIKE) from error
     fitted = FittedGraph(graph, pixels[:EXAMPLE])
     scoring = choose(fitted, engine)
     if scoring.info.name == "openvino":

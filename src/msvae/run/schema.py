@@ -254,8 +254,7 @@ def check_facts(folder: Path, facts: Mapping[str, Any]) -> Config:
 
 def check_decision(folder: Path, decision: Decision, calibration: Calibration, n: int) -> None:
     """Raise `RunError` where a decision cannot be made by the calibration, or n is not its number."""
-    sizes = {len(v) for part in (calibration.scores, calibration.peaks) for v in part.values()}
-    if sizes != {n}:
+    if calibration.n != n:
         raise RunError(f"{folder}: its calibration is not of {n} images: {REMEDY}")
     if decision.rule == "conformal":
         if n < needed(decision.target_fpr) or decision.score != "fused":
@@ -416,7 +415,7 @@ def calibration_schema(config: ModelConfig) -> dict[str, Array]:
     return {
         **_under("verdict", _verdict(3 * config.image_size**2)),
         **_under("conformal", dict.fromkeys(ABOUT, Array(("images",)))),
-        **_under("peaks", dict.fromkeys(MAPS, Array(("images",)))),
+        **_under("peaks", dict.fromkeys(MAPS, Array(("peaks",)))),
     }
 
 
