@@ -19,6 +19,7 @@ from msvae.evaluation.table import ScoreTable
 from msvae.report.build import _tables, page_of
 from msvae.report.page import Comparison
 from msvae.run import schema, store
+from msvae.run.checkpoint import resumed
 from msvae.run.score import score_batches
 
 NONSENSE = (
@@ -259,6 +260,36 @@ def test_a_fifo_in_the_place_of_a_file_is_not_waited_for(crafted, tmp_path):
     (folder / "history.csv").unlink()
     os.mkfifo(folder / "history.csv")
     assert schema.history(folder / "history.csv") == []
+
+
+GRAPHS = {
+    "torn": lambda xml: xml[: len(xml) // 2],
+    "noise": lambda xml: b"\xff" * 99,
+    "another operation": lambda xml: xml.replace(b'type="Sigmoid"', b'type="Sigmund"'),
+    "other tensors": lambda xml: xml.replace(b"networks.", b"netwerks."),
+}
+
+
+@pytest.mark.parametrize("kind", GRAPHS)
+def test_a_crafted_graph(attempt, crafted, kind):
+    """What OpenVINO cannot read or compile, or does not go with the run, is refused when it scores."""
+    data = GRAPHS[kind](crafted.contents["graph.xml"])
+    assert data != crafted.contents["graph.xml"]
+    attempt({"graph.xml": data})
+    detector = load(crafted.folder, "openvino")
+    assert refusal(RunError, lambda: detector.score(list(crafted.pixels)))
+
+
+def test_a_crafted_checkpoint(tmp_path):
+    """State, identity or both are none, or the file holds neither: one line."""
+    state = {"epoch": 1, "best_epoch": 1, "best_loss": 0.5, "history": []}
+    for facts in ({}, {"identity": 3}, {"identity": {}, "state": {**state, "epoch": "x"}}, [3]):
+        store.write_checkpoint(tmp_path, {"best.w": np.zeros(2)}, facts)
+        assert refusal(RunError, lambda: resumed(tmp_path, {}))
+    (tmp_path / store.CHECKPOINT).write_bytes(dump_arrays({"facts": np.zeros(3, np.uint8)}))
+    assert refusal(RunError, lambda: resumed(tmp_path, {}))
+    store.write_checkpoint(tmp_path, {"best.w": np.zeros(2)}, {"identity": {}, "state": state})
+    assert resumed(tmp_path, {}).best_loss == 0.5
 
 
 TABLES = {

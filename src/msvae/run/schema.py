@@ -355,8 +355,26 @@ ABOVE = 1e-30  # of what is divided by
 
 def check_values(array: NDArray[Any], where: str, low: float = -MOST, high: float = MOST) -> None:
     """Raise `Mismatch` where a value is not finite, or not in [low, high]."""
-    if array.size and not (float(array.min()) >= low and float(array.max()) <= high):  # or a NaN
+    if not _is_finite(array):
+        raise Mismatch(f"{where} holds values that are no finite numbers")
+    if (low, high) == (-MOST, MOST) or not array.size:
+        return
+    if float(array.min()) < low or float(array.max()) > high:
         raise Mismatch(f"{where} holds values that are not from {low:g} to {high:g}")
+
+
+def _is_finite(array: NDArray[Any]) -> bool:
+    """Whether no value is infinite, a NaN or so large that its square is: the sum of all squares is.
+
+    That takes a third of the time of looking at each; halves have an exponent for what is not finite.
+    """
+    values = array.reshape(-1)
+    if array.dtype == "float16":
+        return not ((values.view(np.uint16) & 0x7C00) == 0x7C00).any()
+    if array.dtype.kind != "f":
+        return True
+    with np.errstate(all="ignore"):
+        return bool(np.isfinite(np.dot(values, values)))
 
 
 def float32(*shape: int | str, low: float = -MOST) -> Array:

@@ -16,7 +16,7 @@ from msvae.data.images import Pixels, Source, load_image, name_of
 from msvae.engine.engine import Engine
 from msvae.evaluation.table import ScoreTable
 from msvae.run.batching import FILES, batch_ranges, in_parallel
-from msvae.scores.catalog import MAPS
+from msvae.scores.catalog import MAPS, NUMBERS
 from msvae.scores.verdict import Scores, Verdict
 
 Maps = dict[str, NDArray[np.float32]]  # each (B, S, S), or (S, S) of one image
@@ -93,6 +93,8 @@ def score_batches(
             return {}, {}
         numbers, maps = engine(pixels, drawing)
         drawn = {} if maps is None else dict(zip(MAPS, maps.transpose(1, 0, 2, 3), strict=True))
+        if numbers.shape != (len(pixels), len(NUMBERS)):
+            raise RunError("the graph of the run gives other numbers than its scores: fit it again")
         check_finite(numbers, *drawn.values())
         with np.errstate(all="ignore"):  # what a broken run makes of them is refused
             scores = verdict(numbers)

@@ -100,14 +100,18 @@ def read_facts(folder: Path) -> dict[str, Any]:
     """The content of `config.json`, its format and its file names checked."""
     settle(folder)
     path = folder / CONFIG
-    if not path.is_file():
-        raise RunError(f"{folder}: is not a run (no {CONFIG}): name the folder that fit wrote")
     try:
+        if not path.is_file():
+            raise RunError(f"{folder}: is not a run (no {CONFIG}): name the folder that fit wrote")
         facts = read_json(path)
         version = facts["format"]
         if version == FORMAT:
             _ = facts["config"], facts["decision"]
             _check_names(path, facts["checksums"])
+    except OSError as error:
+        raise RunError(
+            f"{path}: cannot be read ({error.strerror}): check its permissions"
+        ) from error
     except (DataError, KeyError, TypeError, AttributeError) as error:
         raise RunError(f"{path}: cannot be read as a run's settings: {REMEDY}") from error
     if version != FORMAT:
@@ -209,5 +213,8 @@ def _dump(tensors: Mapping[str, NDArray[Any]]) -> bytes:
 
 
 def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise RunError(f"{path}: cannot be read ({error.strerror}): {REMEDY}") from error
