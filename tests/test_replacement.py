@@ -6,6 +6,7 @@ import socket
 import stat
 import subprocess
 import sys
+import tempfile
 import threading
 from contextlib import suppress
 from pathlib import Path
@@ -15,7 +16,15 @@ import pytest
 from kills import every_kill
 from msvae.core import files, replacement
 from msvae.core.errors import OutputError
-from msvae.core.replacement import READY, UNFINISHED, replacing, settle, sweep, unfinished
+from msvae.core.replacement import (
+    READY,
+    UNFINISHED,
+    replacing,
+    settle,
+    sweep,
+    temporary_folder,
+    unfinished,
+)
 
 OLD = {"a": b"old a", "b": b"old b", "gone": b"old"}
 NEW = {"a": b"new a", "b": b"new b", "c": b"new c"}
@@ -103,6 +112,17 @@ def test_a_process_that_dies_leaves_what_the_next_one_removes(tmp_path):
             assert len(left_over(tmp_path)) == 2  # the living one's and its own
         assert left_over(tmp_path) == [living.name]
     assert contents(tmp_path) == {"y": b"whole"}
+
+
+def test_a_temporary_folder_goes(tmp_path, monkeypatch):
+    """At its end, and what a killed process left of its own with the next one."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    (tmp_path / f"{UNFINISHED}old").mkdir()
+    (tmp_path / f"{UNFINISHED}old" / "graph.bin").touch()
+    with temporary_folder() as folder:
+        (folder / "x").touch()
+        assert list(tmp_path.iterdir()) == [folder]
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_last_of_two_replacements_counts(tmp_path):

@@ -12,6 +12,7 @@ import os
 import secrets
 import shutil
 import stat
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -108,6 +109,16 @@ def unfinished(folder: Path, make: Callable[[Path], None]) -> Iterator[Path]:
                 with suppress(OSError):  # the error under way says so
                     _remove(path)
             return
+
+
+@contextmanager
+def temporary_folder() -> Iterator[Path]:
+    """A folder of the system's temporary one; the next removes it where this process is killed."""
+    folder = Path(tempfile.gettempdir())
+    with reported(folder, "set TMPDIR to another place"):
+        sweep(folder)
+        with unfinished(folder, lambda path: path.mkdir(mode=0o700)) as room:
+            yield room
 
 
 class Replacement:
@@ -282,8 +293,9 @@ def _held(path: Path) -> Iterator[bool]:
 
 
 def _opened(path: Path) -> int | None:
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOFOLLOW", 0)
     try:
-        return os.open(path, os.O_RDONLY)
+        return os.open(path, flags)  # a FIFO that somebody else put there is not waited for
     except OSError:
         return None
 
