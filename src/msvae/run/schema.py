@@ -222,7 +222,9 @@ BENCHMARK = record(
                 "anomalous": record({"path": text(), "sha256": text(), "stands_in": scalar}),
             }
         ),
-        "published": mapping(record({}, {"auroc": optional(share)}, others=False)),
+        "published": mapping(
+            record({}, dict.fromkeys(("auroc", "accuracy", "f1"), optional(share)), others=False)
+        ),
     }
 )
 
