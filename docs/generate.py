@@ -103,8 +103,11 @@ def run_files() -> str:
     """The files of a run, and the facts in two of them."""
     text = (
         f"A run is a folder, format {store.FORMAT}; one of another format is refused, naming what reads "
-        f"it. `{store.CONFIG}` is written last and holds the sha256 of every file that `fit` writes, "
-        "but the history; one that differs is refused by its name. No pickle is written or read."
+        f"it. All its files take their places in one step: killed at any moment, `fit --overwrite` and "
+        "`calibrate` leave the old run or the new one, whole, and the next command tidies up. "
+        f"`{store.CONFIG}` holds the sha256 of every file that `fit` writes, but the history; one that "
+        "differs is refused by its name, and so is one that does not hold what its kind must: types, "
+        "ranges, shapes, finite numbers. No pickle is written or read."
     )
     words = {
         store.CONFIG: "`format`; `msvae`, the version; `config`, every setting; `decision`; `n`, images "

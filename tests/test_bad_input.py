@@ -6,7 +6,9 @@ import hashlib
 import importlib.util
 import json
 import os
+import re
 import shutil
+import stat
 import struct
 import zlib
 from pathlib import Path
@@ -14,17 +16,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from torch.nn import functional as F
 
 from msvae import fit, load
 from msvae.cli import main as cli
 from msvae.core.config import Config
-from msvae.core.errors import DataError, ImageError, OutputError, RunError
+from msvae.core.errors import DataError, ImageError, OutputError, RateError, RunError
 from msvae.data import cache
+from msvae.data.split import split_by_content, text_sha256
 from msvae.engine import choose
 from msvae.evaluation.table import ScoreTable
 from msvae.run import checkpoint, evaluate, store
+from msvae.run.detector import Detector
+from msvae.run.parts import check_rate
 from msvae.training.vae import Trainer
 
 SETTINGS = {
@@ -256,10 +261,107 @@ def test_too_few_images(made, msvae, tmp_path):
     refused(answer, "19 distinct images are too few", "at least 20")
     some = write(tmp_path / "some", smooth_images(30, 5))
     answer = msvae("fit", some, "--out", tmp_path / "out", "--target-fpr", "0.05")
-    refused(answer, "0.05 needs at least 19 calibration images, got 5")
+    needs = (
+        "0.05 needs at least 19 calibration images, got 5: add images until there are 121 in all"
+    )
+    refused(answer, needs, "or ask for --target-fpr 0.167, which these can keep")
     answer = msvae("calibrate", made / "run", few, "--target-fpr", "0.01")
     refused(answer, "0.01 needs at least 99 calibration images, got 19")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("rate, n", [(0.05, 18), (0.01, 3), (0.2, 3), (1 / 7, 5)])
+def test_too_few_for_a_rate_names_what_would_do(rate, n):
+    """With so many images in all the rate is kept, with one less it is not; the other rate is."""
+    with pytest.raises(RateError) as caught:
+        check_rate(rate, n)
+    total, other = re.search(r"are (\d+) in all.*--target-fpr ([\d.]+)", str(caught.value)).groups()
+    held = [
+        len(split_by_content([text_sha256(str(i)) for i in range(int(total) - less)]).conformal)
+        for less in (0, 1)
+    ]
+    check_rate(rate, held[0])
+    check_rate(float(other), n)
+    with pytest.raises(RateError):
+        check_rate(rate, held[1])
+
+
+@pytest.mark.parametrize("kind", ["black", "transparent", "all but one black"])
+def test_images_that_are_equal_once_decoded(tmp_path, msvae, monkeypatch, kind):
+    """Their files differ, what is seen does not: refused before anything is trained."""
+    monkeypatch.setattr(Trainer, "epoch", lambda *_: pytest.fail("trained"))
+    (tmp_path / "in").mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(40):
+        pixels = np.zeros((32, 32, 4), dtype=np.uint8)
+        if kind == "transparent":
+            pixels[..., :3] = rng.integers(0, 256, (32, 32, 3))
+        else:
+            pixels[..., 3] = 255
+        pixels[..., :3] = 99 if kind.startswith("all") and i == 0 else pixels[..., :3]
+        words = PngImagePlugin.PngInfo()
+        words.add_text("number", str(i))
+        Image.fromarray(pixels).save(tmp_path / "in" / f"{i:02}.png", pnginfo=words)
+    answer = msvae("fit", tmp_path / "in", "--out", tmp_path / "out", "--target-fpr", "0.2")
+    refused(answer, "images to train on only", "differ once they are decoded: at least 10")
+    assert not (tmp_path / "out").exists()
+
+
+# What stands where something is to be written.
+
+
+def at_a_folder(path):
+    path.mkdir()
+
+
+def at_a_fifo(path):
+    os.mkfifo(path)
+
+
+def at_a_socket(path):
+    os.mknod(path, stat.S_IFSOCK | 0o600)
+
+
+WORDS = {  # the verb's words, and what it writes by this name
+    "fit": lambda made, run, out: ["fit", made / "new", "--out", out],
+    "evaluate": lambda made, run, out: ["evaluate", run, made / "new", "--out", out],
+    "explain": lambda made, run, out: ["explain", run, made / "new" / "00.png", "--out", out],
+    "maps": lambda made, run, out: ["score", run, made / "new", "--maps", out],
+    "table": lambda made, run, out: ["score", run, made / "new", "--out", out],
+}
+
+
+@pytest.mark.parametrize(
+    "verb, put",
+    [
+        *[(verb, put) for verb in ("fit", "evaluate", "maps") for put in (at_a_fifo, at_a_socket)],
+        *[("explain", at_a_fifo), ("table", at_a_folder), ("table", at_a_socket)],
+    ],
+)
+def test_an_output_that_cannot_be_is_refused_before_the_work(
+    verb, put, made, msvae, tmp_path, monkeypatch
+):
+    """A FIFO in the place of a folder, a folder in the place of a file: nothing is replaced."""
+    for owner, name in ((Trainer, "epoch"), (Detector, "scan"), (Detector, "explain")):
+        monkeypatch.setattr(owner, name, lambda *_, **__: pytest.fail("worked"))
+    path = tmp_path / "out"
+    put(path)
+    before = path.lstat()
+    refused(msvae(*WORDS[verb](made, made / "run", path)), f"{path}: cannot be written (it is")
+    assert os.path.samestat(path.lstat(), before)
+
+
+def test_a_table_into_a_fifo(made, msvae, tmp_path):
+    """Whoever reads it gets the table; the FIFO stays one, and nothing is put beside it."""
+    path = tmp_path / "fifo"
+    os.mkfifo(path)
+    number = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    assert msvae("score", made / "run", made / "new", "--out", path)[0] == 0
+    table = os.read(number, 1 << 16)
+    os.close(number)
+    assert table.startswith(b"path,")
+    assert stat.S_ISFIFO(path.stat().st_mode)
+    assert list(tmp_path.iterdir()) == [path]
 
 
 ARRAYS = {
@@ -379,9 +481,9 @@ def test_a_run_with_torn_settings(text, reason, run, made, msvae):
 
 def test_a_run_of_a_newer_format(run, made, msvae):
     """Refused with both versions, though its content may be of any form."""
-    (run / "config.json").write_text(json.dumps({"format": 7, "other": "things"}))
+    (run / "config.json").write_text(json.dumps({"format": store.FORMAT + 1, "other": "things"}))
     answer = msvae("score", run, made / "new" / "00.png")
-    refused(answer, "format 7", "reads 6", "update msvae")
+    refused(answer, f"format {store.FORMAT + 1}", f"reads {store.FORMAT}", "update msvae")
 
 
 def test_a_run_of_the_format_before(run, made, msvae):
@@ -389,7 +491,7 @@ def test_a_run_of_the_format_before(run, made, msvae):
     facts = json.loads((run / "config.json").read_text())
     (run / "config.json").write_text(json.dumps({**facts, "format": 5}))
     answer = msvae("score", run, made / "new" / "00.png")
-    refused(answer, "format 5", "reads 6", "msvae 0.1.0 of commit 47b9380 reads it")
+    refused(answer, "format 5", f"reads {store.FORMAT}", "msvae 0.1.0 of commit 47b9380 reads it")
 
 
 # Engines.
@@ -637,7 +739,7 @@ def test_a_finished_run_is_not_written_over(made, run, msvae):
 @pytest.fixture
 def labelled(tmp_path, monkeypatch):
     """Normal and anomalous images, and masks of the latter; no figures, which take longest."""
-    monkeypatch.setattr(evaluate, "draw_figures", lambda *_: None)
+    monkeypatch.setattr(evaluate, "draw_figures", lambda *_: {})
     rng = np.random.default_rng(0)
     write(tmp_path / "normal", smooth_images(4, 6))
     odd = rng.integers(0, 256, (3, 32, 32, 3), dtype=np.uint8)

@@ -3,7 +3,6 @@
 import json
 import os
 import threading
-import time
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from PIL import Image
 
 from msvae.core.errors import DataError
 from msvae.core.files import cache_dir
+from msvae.core.replacement import UNFINISHED, unfinished
 from msvae.data import cache as module
 from msvae.data.cache import decode
 from msvae.data.images import digest, load_image
@@ -158,12 +158,11 @@ def test_a_broken_off_build_leaves_nothing(files, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         decode(files, 10, cache=tmp_path / "c", progress=Impatient())
     assert list((tmp_path / "c").iterdir()) == []
-    old, new = tmp_path / "c" / ".old.raw", tmp_path / "c" / ".new.raw"
-    new.touch()
+    old = tmp_path / "c" / f"{UNFINISHED}old"
     old.touch()
-    os.utime(old, (time.time() - 10 * module.DAY,) * 2)
-    decode(files, 10, cache=tmp_path / "c")
-    assert (old.exists(), new.exists()) == (False, True)
+    with unfinished(tmp_path / "c", Path.touch) as new:
+        decode(files, 10, cache=tmp_path / "c")
+        assert (old.exists(), new.exists()) == (False, True)
 
 
 def build(arguments: tuple[list[Path], Path]) -> int:

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import struct
-from contextlib import contextmanager
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -14,8 +13,10 @@ import numpy as np
 import pytest
 
 import msvae
+from kills import every_kill
 from msvae import fit, load
 from msvae.core.errors import OutputError, RunError
+from msvae.core.replacement import UNFINISHED, sweep
 from msvae.run import store
 from msvae.scores.catalog import MAPS, NUMBERS
 from small import CONFIG
@@ -70,7 +71,7 @@ def test_a_run_comes_back(folder):
     """Facts, tensors and bytes are those that were saved, and nothing lies about besides."""
     check(folder)
     facts = store.read_facts(folder)
-    assert (facts["decision"], facts["n"], facts["format"]) == ("old", 3, 6)
+    assert (facts["decision"], facts["n"], facts["format"]) == ("old", 3, store.FORMAT)
     back = store.read_arrays(folder / "model.safetensors")
     assert all(np.array_equal(v, back[k]) for k, v in tensors().items())
     assert {name: (folder / name).read_bytes() for name in GRAPH} == GRAPH
@@ -83,7 +84,7 @@ def test_tensors_keep_every_bit(folder, dtype):
     """Whatever the type and the memory layout, the values are the same."""
     value = np.arange(48).astype(dtype).reshape(2, 2, 4, 3).transpose(0, 3, 1, 2)
     number = np.array(7, dtype)  # has no axis: it stays one
-    store.update_run(folder, {}, "model.safetensors", {"x": value, "n": number})
+    store.update_run(folder, {}, "model.safetensors", {"x": value, "n": number}, {})
     back = store.read_arrays(folder / "model.safetensors")
     for name, expected in (("x", value), ("n", number)):
         assert back[name].dtype == dtype
@@ -145,8 +146,8 @@ def test_the_history_may_grow(folder):
 def test_a_newer_format_is_refused(folder):
     """A run of a later msvae: both versions are named, and updating is the remedy."""
     facts = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(facts | {"format": 7}))
-    with pytest.raises(RunError, match=r"format 7.*reads 6: update msvae") as caught:
+    (folder / "config.json").write_text(json.dumps(facts | {"format": store.FORMAT + 1}))
+    with pytest.raises(RunError, match=rf"reads {store.FORMAT}: update msvae") as caught:
         check(folder)
     assert str(folder) in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -159,7 +160,7 @@ def test_a_run_of_before_is_refused(folder):
     with pytest.raises(RunError) as caught:
         load(folder)
     text = str(caught.value)
-    assert text.startswith(f"{folder}: has run format 5, this msvae reads 6:")
+    assert text.startswith(f"{folder}: has run format 5, this msvae reads {store.FORMAT}:")
     assert "msvae 0.1.0 of commit 47b9380 reads it, or fit again" in text
     assert "\n" not in text
 
@@ -199,57 +200,68 @@ def test_an_absent_tensor_file_is_refused(tmp_path):
 # No moment leaves a torn run.
 
 
-class Crash(BaseException):
-    """The power fails."""
-
-
-@contextmanager
-def crash_at(monkeypatch, count, *, after):
-    """Let the rename number `count` be the last thing that happens, or just not happen."""
-    done, rename = [], Path.replace
-
-    def replace(self, target):
-        done.append(target)
-        if len(done) == count + 1 and not after:
-            raise Crash
-        out = rename(self, target)
-        if len(done) == count + 1:
-            raise Crash
-        return out
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "replace", replace)
-        with pytest.raises(Crash):
-            yield
-
-
 def update(folder):
-    store.update_run(
-        folder, {"config": {}, "decision": "new"}, "calibration.safetensors", tensors(2.0)
-    )
+    changes, beside = {"config": {}, "decision": "new"}, {"calibrated.csv": b"path\n"}
+    store.update_run(folder, changes, "calibration.safetensors", tensors(2.0), beside)
 
 
-@pytest.mark.parametrize("after", [False, True])
-@pytest.mark.parametrize("count", [0, 1, 2])
-def test_a_crash_in_an_update_leaves_a_whole_run(folder, monkeypatch, count, after):
-    """Before or after each write, the run loads with old or new tensors; trying again ends well."""
-    with crash_at(monkeypatch, count, after=after):
-        update(folder)
-    check(folder)
-    value = store.read_arrays(folder / "calibration.safetensors")["v"][0]
-    replaced = count + after >= 2
-    assert value == (2 if replaced else 1)
-    assert store.read_facts(folder)["decision"] == ("new" if count + after == 3 else "old")
-    update(folder)
-    check(folder)
-    facts = store.read_facts(folder)
-    assert facts["decision"] == "new"
-    assert isinstance(facts["checksums"]["calibration.safetensors"], str)
-    assert store.read_arrays(folder / "calibration.safetensors")["v"][0] == 2
+def save(folder):
+    parts = {"model.safetensors": tensors(5.0), "calibration.safetensors": tensors(5.0)}
+    tables = {"split.csv": [{"path": "b"}], "history.csv": [{"epoch": 2}]}
+    facts = {"config": {}, "decision": "saved"}
+    store.save_run(folder, facts, parts, tables, {"environment.json": {}}, GRAPH)
+
+
+def content(folder):
+    return {p.name: p.read_bytes() for p in folder.iterdir()}
+
+
+@pytest.mark.parametrize("change", [update, save])
+def test_a_kill_in_a_change_leaves_a_whole_run(folder, tmp_path, change):
+    """At each operation: the next that reads finds all of the old or all of the new run."""
+    store.write_checkpoint(folder, tensors(), {"epoch": 4})
+    (folder / "quarantine.csv").write_text("path,reason\n")
+    shutil.copytree(folder, tmp_path / "new")
+    change(tmp_path / "new")
+    old, new, work = content(folder), content(tmp_path / "new"), tmp_path / "work"
+    assert "quarantine.csv" not in new
+    assert ("checkpoint.safetensors" in new) == (change is update)
+
+    def prepare():
+        shutil.rmtree(work, ignore_errors=True)
+        shutil.copytree(folder, work)
+
+    sides = []
+    for _ in every_kill(prepare, lambda: change(work)):
+        assert store.is_run(work)
+        store.read_run(work)
+        left = [name for name in content_names(work) if name.startswith(UNFINISHED)]
+        assert len(left) <= 1
+        sweep(work)
+        assert content(work) in (old, new)
+        sides.append(content(work) == new)
+    assert len(sides) > 8
+    assert sides == sorted(sides)
+    assert 0 < sum(sides) < len(sides)
+
+
+def content_names(folder):
+    return [p.name for p in folder.iterdir()]
+
+
+def test_a_kill_in_a_first_save_leaves_no_run_or_all_of_it(tmp_path):
+    """The folder does not pretend to be a run before it is one, and then it is whole."""
+    where, sides = tmp_path / "run", []
+    for _ in every_kill(lambda: shutil.rmtree(where, ignore_errors=True), lambda: save(where)):
+        sides.append(store.is_run(where))
+        if sides[-1]:
+            store.read_run(where)
+    assert sides == sorted(sides)
+    assert 0 < sum(sides) < len(sides)
 
 
 def test_after_an_update_the_old_tensors_are_refused(folder):
-    """Both checksums are valid in between only."""
+    """They do not go with the new settings."""
     old = (folder / "calibration.safetensors").read_bytes()
     update(folder)
     (folder / "calibration.safetensors").write_bytes(old)
@@ -265,39 +277,20 @@ def test_an_update_leaves_the_rest(folder):
     assert store.read_facts(folder)["n"] == 3
 
 
-@pytest.mark.parametrize("count", range(8))
-def test_a_crash_in_a_first_save_leaves_no_run(tmp_path, monkeypatch, count):
-    """Until `config.json` stands, the folder is not a run and does not pretend to be one."""
-    parts = {"model.safetensors": tensors(), "calibration.safetensors": tensors()}
-    tables = {"split.csv": [{"path": "a"}], "history.csv": [{"epoch": 1}]}
-    with crash_at(monkeypatch, count, after=False):
-        store.save_run(
-            tmp_path / "run",
-            {"config": {}, "decision": {}},
-            parts,
-            tables,
-            {"environment.json": {}},
-            GRAPH,
-        )
-    assert not store.is_run(tmp_path / "run")
-    assert not [p for p in (tmp_path / "run").iterdir() if p.name.startswith(".")]
-    store.save_run(
-        tmp_path / "run",
-        {"config": {}, "decision": {}},
-        parts,
-        tables,
-        {"environment.json": {}},
-        GRAPH,
-    )
-    check(tmp_path / "run")
+def test_a_run_that_is_replaced_while_it_is_read_is_read_anew(folder, monkeypatch):
+    """Settings of the old run, files of the new one: no reason to refuse it."""
+    real, calls = store.check_run, []
 
+    def check_run(where, facts):
+        if not calls:
+            save(where)
+        calls.append(facts)
+        real(where, facts)
 
-def test_a_crash_while_saving_over_a_run_never_loads_a_mixture(folder, monkeypatch):
-    """Half old, half new: refused by the checksum of the old settings."""
-    with crash_at(monkeypatch, 1, after=False):
-        parts = {"model.safetensors": tensors(5.0), "calibration.safetensors": tensors(5.0)}
-        store.save_run(folder, {}, parts, {}, {}, {})
-    refused(folder, "model.safetensors", "checksum")
+    monkeypatch.setattr(store, "check_run", check_run)
+    assert store.read_run(folder)["decision"] == "saved"
+    with pytest.raises(RunError, match="was replaced since the run was loaded: load it again"):
+        store.read_checked(folder, "model.safetensors", calls[0])
 
 
 def test_a_full_disk_leaves_the_old_run_whole(folder, monkeypatch):

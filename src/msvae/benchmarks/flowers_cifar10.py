@@ -104,9 +104,6 @@ def flowers_cifar10(
         if feedback:
             taught = {"fused_feedback": with_feedback(detector, data, feedback, progress)}
             evaluation = replace(evaluation, scores=evaluation.scores | taught)
-        history = history_of(out / protocol)
-        judged = out / protocol / "evaluation"
-        write_evaluation(judged, evaluation.to_json(), scan, history, progress)
         rows = np.array(evenly(range(len(data.test_anomalous.pixels))))
         tested = faithfulness(
             detector.graph.torch_graph(),
@@ -115,7 +112,8 @@ def flowers_cifar10(
             progress=progress,
         )
         evaluation = replace(evaluation, explanations=tested)
-        files.write_json(judged / "metrics.json", evaluation.to_json())
+        history, judged = history_of(out / protocol), out / protocol / "evaluation"
+        write_evaluation(judged, evaluation.to_json(), scan, history, progress)
         blocks[protocol] = protocol_block(evaluation, detector)
         result |= {"data": data.sources, "published": PUBLISHED, "protocols": dict(blocks)}
         files.write_json(out / "metrics.json", result)

@@ -104,11 +104,16 @@ def calibrate(options: argparse.Namespace) -> int:
 
 def score(options: argparse.Namespace) -> int:
     """Scores, p-values and decisions of images."""
+    from msvae.core.replacement import check_folder, check_output
     from msvae.data.folder import find_images
-    from msvae.evaluation.table import write_quarantine
     from msvae.run.detector import load
+    from msvae.run.outputs import write_scores
 
     screen = _screen()
+    if options.out is not None:  # refused before the long work
+        check_output(options.out)
+    if options.maps is not None:
+        check_folder(options.maps)
     paths = find_images(options.images).names
     detector = load(options.run, options.engine)
     write = None
@@ -124,12 +129,9 @@ def score(options: argparse.Namespace) -> int:
         for error in scan.quarantine:
             screen.say(f"left out: {error}")
     else:
-        scan.table.write_csv(options.out, bom=options.bom)
+        quarantine = write_scores(options.out, scan, bom=options.bom)
         screen.scored(scan.table, options.out)
-        quarantine = options.out.with_name(f"{options.out.stem}.quarantine.csv")
-        quarantine.unlink(missing_ok=True)  # an earlier command's
-        if scan.quarantine:
-            write_quarantine(quarantine, scan.quarantine)
+        if quarantine is not None:
             screen.unreadable(len(scan.quarantine), quarantine)
     return UNREADABLE if options.strict and scan.quarantine else 0
 

@@ -1,4 +1,4 @@
-"""Files that appear under their name whole or not at all: bytes, text, JSON and CSV."""
+"""The forms of files: bytes, text, JSON and CSV, each written whole or not at all."""
 
 import codecs
 import csv
@@ -6,58 +6,21 @@ import hashlib
 import io
 import json
 import os
-import secrets
 import tempfile
 import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from msvae.core.errors import OutputError
+from msvae.core.errors import DataError
+from msvae.core.replacement import atomic, replacing, reported
 
 FORMULA = ("=", "+", "-", "@", "\t", "\r")  # how a spreadsheet's formula begins
-
-
-@contextmanager
-def atomic(path: Path) -> Iterator[io.BufferedWriter]:
-    """A file to write into, renamed to `path` at the end; `OutputError` when the disk refuses."""
-    temporary = path.with_name(f".{secrets.token_hex(8)}")
-    with _told(path):
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with temporary.open("wb") as file:
-                yield file
-                _settled(file)
-            temporary.replace(path)
-        finally:
-            _forget(temporary)
-
-
-@contextmanager
-def _told(path: Path, otherwise: str = "choose another place") -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise OutputError(
-            f"{path}: cannot be written ({error.strerror}): free some space or {otherwise}"
-        ) from error
-
-
-def _settled(file: io.BufferedWriter) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _forget(temporary: Path) -> None:
-    try:
-        temporary.unlink(missing_ok=True)
-    except OSError:  # the folder itself cannot be reached; the error under way says so
-        return
+LARGEST_JSON = 1 << 24  # bytes
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -66,23 +29,13 @@ def write_bytes(path: Path, data: bytes) -> None:
         file.write(data)
 
 
-def write_all(folder: Path, contents: Mapping[str, bytes]) -> None:
-    """Write several files: all lie on the disk before the first takes its place, in their order."""
-    token = secrets.token_hex(8)
-    waiting = {folder / name: folder / f".{token}.{i}" for i, name in enumerate(contents)}
-    try:
-        for path, temporary in waiting.items():
-            with _told(path):
-                folder.mkdir(parents=True, exist_ok=True)
-                with temporary.open("wb") as file:
-                    file.write(contents[path.name])
-                    _settled(file)
-        for path, temporary in waiting.items():
-            with _told(path):
-                temporary.replace(path)
-    finally:
-        for temporary in waiting.values():
-            _forget(temporary)
+def write_all(folder: Path, contents: Mapping[str, bytes], removed: Iterable[str] = ()) -> None:
+    """Write several files of a folder, and remove others, in one step."""
+    with replacing(folder) as new:
+        for name, data in contents.items():
+            new.write(name, data)
+        for name in removed:
+            new.remove(name)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -102,7 +55,16 @@ def as_json(value: Any) -> bytes:
 
 def as_csv(rows: Iterable[Sequence[object]]) -> bytes:
     """Rows of cells as CSV; floats come back to the bit, odd bytes of file names too."""
-    return b"".join(map(_csv_line, rows))
+    return b"".join(csv_lines(rows))
+
+
+def csv_lines(rows: Iterable[Sequence[object]], *, bom: bool = False) -> Iterator[bytes]:
+    """The lines of `as_csv`, each as it comes: no memory grows with their number.
+
+    `bom` begins them with a byte-order mark, by which Excel knows that they are UTF-8.
+    """
+    yield codecs.BOM_UTF8 if bom else b""
+    yield from map(_csv_line, rows)
 
 
 def _csv_line(row: Sequence[object]) -> bytes:
@@ -118,13 +80,9 @@ def _no_formula(cell: object) -> object:
 
 
 def write_table(path: Path, rows: Iterable[Sequence[object]], *, bom: bool = False) -> None:
-    """Write rows of cells as CSV, atomically, each as it comes: no memory grows with their number.
-
-    `bom` begins the file with a byte-order mark.
-    """
+    """Write rows of cells as CSV, atomically, each as it comes; `bom` as in `csv_lines`."""
     with atomic(path) as file:
-        file.write(codecs.BOM_UTF8 if bom else b"")
-        file.writelines(map(_csv_line, rows))
+        file.writelines(csv_lines(rows, bom=bom))
 
 
 def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -139,11 +97,41 @@ def with_head(rows: Sequence[Mapping[str, Any]]) -> list[list[object]]:
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
-    """The rows of a CSV file; none where there is no such file."""
-    if not path.exists():
+    """The rows of a CSV file; none where there is no such file. `DataError` where it is no table."""
+    if not path.is_file():
         return []
-    with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
-        return list(csv.DictReader(file))
+    try:
+        with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
+            reader = csv.DictReader(file, strict=True)
+            rows = list(reader)
+            head = reader.fieldnames or ()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}): check the path") from error
+    except csv.Error as error:
+        raise DataError(f"{path}: is no CSV file ({error}): restore it, or remove it") from error
+    if len(set(head)) < len(head) or any(None in row or None in row.values() for row in rows):
+        raise DataError(
+            f"{path}: has rows of other lengths than its head: restore it, or remove it"
+        )
+    return rows
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file; `DataError` where it is none that can be read, or too large."""
+    try:
+        if not path.is_file():
+            raise DataError(f"{path}: is missing, or is no plain file: check the path")
+        if path.stat().st_size > LARGEST_JSON:
+            raise DataError(f"{path}: is larger than a file of its kind can be: restore it")
+        return json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_number)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}): check the path") from error
+    except (ValueError, RecursionError) as error:  # the latter where it is nested too deep
+        raise DataError(f"{path}: is not JSON ({error}): write it again") from error
+
+
+def _no_number(name: str) -> None:
+    raise ValueError(f"it has a {name}")
 
 
 class DiskArray:
@@ -153,14 +141,14 @@ class DiskArray:
     """
 
     def __init__(self) -> None:
-        with _told(Path(tempfile.gettempdir()), "set TMPDIR to another place"):
+        with reported(Path(tempfile.gettempdir()), "set TMPDIR to another place"):
             self._file = tempfile.TemporaryFile()  # noqa: SIM115 - lives until `array`
         weakref.finalize(self, self._file.close)  # also when the work in between fails
         self._count, self._like = 0, np.empty((0,), dtype=np.uint8)
 
     def add(self, batch: NDArray[Any]) -> None:
         """Put a batch behind the others; `OutputError` when the disk is full."""
-        with _told(Path(tempfile.gettempdir()), "set TMPDIR to another place"):
+        with reported(Path(tempfile.gettempdir()), "set TMPDIR to another place"):
             self._file.write(np.ascontiguousarray(batch).data)
             self._file.flush()
         self._count, self._like = self._count + len(batch), batch[:0]

@@ -3,11 +3,10 @@
 import hashlib
 import json
 import os
-import secrets
-import time
 import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,13 +16,14 @@ import PIL
 from numpy.typing import NDArray
 
 from msvae.core.config import Resize
-from msvae.core.errors import DataError, ImageError
+from msvae.core.errors import DataError, ImageError, OutputError
+from msvae.core.files import write_json
 from msvae.core.progress import NullProgress, Progress
+from msvae.core.replacement import sweep, unfinished
 from msvae.data.images import Pixels, Source, digest, load_image, name_of, read_bytes
 
 VERSION = 4
 WINDOW = 256  # images decoded ahead at most
-DAY = 86_400  # seconds; unfinished files that are older belong to nobody
 
 
 class Images(Protocol):
@@ -178,12 +178,13 @@ class _Store:
 
     def __init__(self, cache: Path | None, shape: tuple[int, ...]) -> None:
         self.cache = cache
-        token = secrets.token_hex(8)
-        self.raw, self.facts = ((cache or Path()) / f".{token}.{end}" for end in ("raw", "json"))
+        self.held = ExitStack()
         self.pixels: Pixels
         if cache is not None:
             try:
                 cache.mkdir(parents=True, exist_ok=True)
+                sweep(cache)
+                self.raw = self.held.enter_context(unfinished(cache, Path.touch))
                 _reserve(self.raw, int(np.prod(shape)))
                 self.pixels = np.memmap(self.raw, np.uint8, "r+", shape=shape)
                 return
@@ -201,34 +202,22 @@ class _Store:
             self.pixels.flush()
             shape = list(self.pixels.shape)
             facts = {"version": VERSION, "shape": shape, "sum": _checksum(self.pixels)}
-            with self.facts.open("w", encoding="utf-8") as file:
-                json.dump({**facts, "reasons": reasons}, file)
-                file.flush()
-                os.fsync(file.fileno())
             self.raw.replace(self.cache / f"{key}.raw")
-            self.facts.replace(self.cache / f"{key}.json")
-        except OSError as error:
+            write_json(self.cache / f"{key}.json", {**facts, "reasons": reasons})
+        except (OSError, OutputError) as error:
             self._warn(error)
 
-    def _warn(self, error: OSError) -> None:
+    def _warn(self, error: OSError | OutputError) -> None:
+        reason = getattr(error.__cause__ or error, "strerror", error)
         warnings.warn(
-            f"{self.cache}: cannot hold the decoded images ({error.strerror}): going on without "
+            f"{self.cache}: cannot hold the decoded images ({reason}): going on without "
             "a cache; set MSVAE_CACHE to a folder with room",
             stacklevel=5,
         )
 
     def sweep(self) -> None:
-        """Remove what is left under temporary names: by this one, or by one that was killed."""
-        if self.cache is None:
-            return
-        try:
-            self.raw.unlink(missing_ok=True)
-            self.facts.unlink(missing_ok=True)
-            for path in self.cache.glob(".*.raw"):
-                if path.stat().st_mtime < time.time() - DAY:
-                    path.unlink(missing_ok=True)
-        except OSError:
-            return  # another process was quicker, or the folder is read-only
+        """Remove what is left under a temporary name."""
+        self.held.close()
 
 
 def _reserve(path: Path, count: int) -> None:

@@ -8,8 +8,6 @@ scale, before a tile is enlarged, so that sharpness does not betray them.
 """
 
 import json
-import secrets
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +18,7 @@ from PIL import Image
 
 from msvae.core.errors import DataError
 from msvae.core.progress import NullProgress, Progress
+from msvae.core.replacement import replacing_tree
 from msvae.data.images import Pixels
 
 TILE = 32  # px of the photograph
@@ -139,18 +138,13 @@ def write_demo(
     out = Path(out)
     if out.exists() and not (out / MARK).is_file() and (out.is_file() or any(out.iterdir())):
         raise DataError(f"{out}: holds something else than a demo: choose another folder")
-    room = out.with_name(f".{out.name}.{secrets.token_hex(4)}")
     try:
-        _write_tree(room, size, np.random.default_rng(seed), progress or NullProgress())
-        facts = {"tile": TILE, "size": size, "seed": seed}
-        (room / MARK).write_text(json.dumps(facts), encoding="utf-8")
-        if out.exists():
-            shutil.rmtree(out)
-        room.replace(out)
+        with replacing_tree(out) as room:
+            _write_tree(room, size, np.random.default_rng(seed), progress or NullProgress())
+            facts = {"tile": TILE, "size": size, "seed": seed}
+            (room / MARK).write_text(json.dumps(facts), encoding="utf-8")
     except OSError as error:
         raise DataError(f"{out}: cannot be written ({error.strerror}): choose another") from error
-    finally:
-        shutil.rmtree(room, ignore_errors=True)
     return out
 
 

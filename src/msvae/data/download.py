@@ -1,8 +1,6 @@
 """Official archives: fetched where absent, resumed where broken off, verified, unpacked whole."""
 
 import math
-import secrets
-import shutil
 import tarfile
 import urllib.error
 import urllib.request
@@ -13,6 +11,7 @@ from pathlib import Path
 
 from msvae.core.errors import DataError
 from msvae.core.progress import Progress
+from msvae.core.replacement import sweep, unfinished
 
 CHUNK = 1 << 18  # bytes
 ATTEMPTS = 3
@@ -114,18 +113,17 @@ def _blocks(answer: HTTPResponse) -> Iterator[bytes]:
 
 def unpack(archive: Path, member: str, folder: Path) -> Path:
     """`member` (a top folder) of a tar archive as `folder/member`: whole, or not there at all."""
-    target, room = folder / member, folder / f".{secrets.token_hex(4)}"
+    target = folder / member
     try:
-        with tarfile.open(archive) as tar:
+        sweep(folder)
+        with tarfile.open(archive) as tar, unfinished(folder, Path.mkdir) as room:
             tar.extractall(room, filter="data")
-        if not target.exists():
-            (room / member).replace(target)
+            if not target.exists():
+                (room / member).replace(target)
     except (OSError, tarfile.TarError, EOFError) as error:
         raise DataError(
             f"{archive}: cannot be unpacked into {folder} ({error}): make room, or remove the "
             "archive to fetch it again"
         ) from error
-    finally:
-        shutil.rmtree(room, ignore_errors=True)
     archive.unlink(missing_ok=True)
     return target

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from msvae.core.errors import MsvaeError, RunError
 from msvae.core.files import cache_dir, write_bytes
 from msvae.core.processor import flags
 
@@ -43,7 +44,12 @@ def compile_or_load(
         compiled = _loaded(core, path, settings, shape)
         if compiled is not None:
             return compiled
-    compiled = core.compile_model(model(), "CPU", settings)
+    try:
+        compiled = core.compile_model(model(), "CPU", settings)
+    except RuntimeError as error:
+        raise RunError(
+            "OpenVINO cannot compile the graph of the run: fit it again, or use --engine reference"
+        ) from error
     if path is not None:
         _keep(compiled, path, shape)
     return compiled
@@ -67,8 +73,6 @@ def _loaded(core: Any, path: Path, settings: dict[str, Any], shape: tuple[int, .
 
 def _keep(compiled: Any, path: Path, shape: tuple[int, ...]) -> None:
     """Write the blob; a cache that cannot be written is done without."""
-    from msvae.core.errors import MsvaeError
-
     try:
         data = compiled.export_model().getvalue()
         sha256, answer = hashlib.sha256(data).hexdigest(), _answer(compiled, shape)

@@ -3,14 +3,13 @@
 import hashlib
 import warnings
 from collections.abc import Mapping
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from msvae.core.errors import EngineError, RunError
+from msvae.core.replacement import temporary_folder
 
 XML, BIN = "graph.xml", "graph.bin"
 RUN = ["msvae", "made_of"]  # where the model says which arrays it goes with
@@ -78,9 +77,9 @@ def dump(model: Any, arrays: Mapping[str, NDArray[Any]]) -> dict[str, bytes]:
                     reader.replace_source_output(stand_in.output(0))
                 copy.add_parameters([stand_in])
     copy.set_rt_info(_digest_of_all(arrays), RUN)
-    with TemporaryDirectory() as folder:
-        openvino.serialize(copy, Path(folder) / XML, Path(folder) / BIN)
-        return {name: (Path(folder) / name).read_bytes() for name in (XML, BIN)}
+    with temporary_folder() as folder:
+        openvino.serialize(copy, folder / XML, folder / BIN)
+        return {name: (folder / name).read_bytes() for name in (XML, BIN)}
 
 
 def restore(files: Mapping[str, bytes], arrays: Mapping[str, NDArray[Any]], where: str) -> Any:

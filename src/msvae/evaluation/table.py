@@ -4,6 +4,7 @@ import csv
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -59,13 +60,10 @@ class ScoreTable:
         return out
 
     def write_csv(self, path: Path, *, bom: bool = False) -> None:
-        """Write the table atomically; floats come back to the bit.
+        """Write the table atomically; floats come back to the bit. `bom` is Excel's wish."""
+        write_table(path, self.lines(), bom=bom)
 
-        `bom` begins the file with a byte-order mark, by which Excel knows that it is UTF-8.
-        """
-        write_table(path, self._rows(), bom=bom)
-
-    def _rows(self) -> Iterator[Sequence[object]]:
+    def lines(self) -> Iterator[Sequence[object]]:
         """The names of the columns, then the cells of each image.
 
         A block at a time: as Python objects all numbers together would be large.
@@ -90,15 +88,20 @@ class ScoreTable:
             scores={k: numbers[k] for k in names if k not in tails},
             p_values={k[2:]: numbers[k] for k in tails},
             p=numbers.get("p"),
-            flagged=numbers["flagged"] > 0.5 if "flagged" in numbers else None,
-            labels=_labels(path, numbers["label"]) if "label" in numbers else None,
+            flagged=_binary(path, numbers, "flagged", "a decision", np.bool_),
+            labels=_binary(path, numbers, "label", "a label", np.int64),
             kinds=tuple(column["kind"]) if "kind" in column else None,
         )
 
 
 def write_quarantine(path: Path, refused: Sequence[ImageError]) -> None:
     """The images that could not be used, each with its reason, as CSV."""
-    write_table(path, [["path", "reason"], *[[e.name, e.reason] for e in refused]])
+    write_table(path, quarantine_table(refused))
+
+
+def quarantine_table(refused: Sequence[ImageError]) -> list[list[str]]:
+    """A head, and a row for each image that could not be used."""
+    return [["path", "reason"], *[[e.name, e.reason] for e in refused]]
 
 
 def _read(path: Path) -> tuple[list[str], list[list[str]]]:
@@ -119,10 +122,13 @@ def _read(path: Path) -> tuple[list[str], list[list[str]]]:
     return rows[0], rows[1:]
 
 
-def _labels(path: Path, values: Floats) -> NDArray[np.int64]:
-    if not np.isin(values, (0, 1)).all():
-        raise DataError(f"{path}: has a label that is neither 0 (normal) nor 1 (anomalous)")
-    return values.astype(np.int64)
+def _binary(path: Path, columns: dict[str, Floats], name: str, what: str, kind: Any) -> Any:
+    """The column as this type, where there is one."""
+    if name not in columns:
+        return None
+    if not np.isin(columns[name], (0, 1)).all():
+        raise DataError(f"{path}: has {what} that is neither 0 (normal) nor 1 (anomalous)")
+    return columns[name].astype(kind)
 
 
 def _numbers(path: Path, name: str, cells: Sequence[str]) -> Floats:
@@ -131,5 +137,7 @@ def _numbers(path: Path, name: str, cells: Sequence[str]) -> Floats:
         try:
             values[i] = float(cell)
         except ValueError as error:
-            raise DataError(f"{path}, line {i + 2}: {name} is {cell!r}, not a number") from error
+            raise DataError(
+                f"{path}, line {i + 2}: {name} is {cell[:40]!r}, not a number"
+            ) from error
     return values

@@ -1,6 +1,5 @@
 """What goes on the page: a run, a benchmark or a scored folder -> Report."""
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from msvae.core import config as settings
-from msvae.core import files
 from msvae.core.errors import DataError, ImageError
 from msvae.core.progress import NullProgress, Progress, during
+from msvae.core.replacement import check_output, settle
 from msvae.data.datasets import cifar_image
 from msvae.data.folder import mask_of
 from msvae.data.images import Pixels, Source, load_mask, open_image, squared
@@ -25,8 +24,10 @@ from msvae.report.page import Comparison, Figure, Published, Report, write_repor
 from msvae.report.summary import GALLERIES, TAUGHT, Summary, one_sided_note
 from msvae.report.tables import Table, ablation_table, explanations_table, maps_table
 from msvae.report.thresholds import ThresholdData
+from msvae.run import schema
 from msvae.run.detector import Detector, load
 from msvae.run.evaluate import history_of
+from msvae.run.store import QUARANTINE, is_run
 from msvae.scores.catalog import ABOUT, SHORT_UNITS, TITLES
 from msvae.viz import curves as figures
 from msvae.viz import overlays as pictures
@@ -54,6 +55,7 @@ def report(
     source = Path(source)
     beside = source.with_suffix(".html") if source.is_file() else source / "report.html"
     out = beside if page is None else Path(page)
+    check_output(out)
     paths = [None if path is None else Path(path) for path in (run, evaluation)]
 
     def write() -> None:
@@ -79,12 +81,13 @@ def page_of(
     progress = progress or NullProgress()
     if source.is_file():
         return table_page(source, run, progress)
-    if (source / "config.json").is_file():
+    if is_run(source):
         return run_page(source, evaluation or source / "evaluation", progress)
-    metrics_json = _read_json(source / "metrics.json") if source.is_dir() else None
-    if metrics_json is None or "protocols" not in metrics_json:
+    path = source / "metrics.json"
+    if not (_document(path, schema.record({})) or {}).get("protocols"):
         raise DataError(f"{source}: is neither a run, a benchmark nor a file of scores: name one")
-    return benchmark_page(source, metrics_json, progress)
+    result = schema.document(path, schema.BENCHMARK, DataError, "write it again")
+    return benchmark_page(source, result, progress)
 
 
 def run_page(run: Path, evaluation: Path, progress: Progress) -> Report:
@@ -92,8 +95,8 @@ def run_page(run: Path, evaluation: Path, progress: Progress) -> Report:
     detector = load(run)
     history = history_of(run)
     path = evaluation / "scores.csv"
-    table = ScoreTable.read_csv(path) if path.is_file() else None
-    judged = _read_json(evaluation / "metrics.json") or {}
+    table = _scores(path) if path.is_file() else None
+    judged = _document(evaluation / "metrics.json", schema.EVALUATION) or {}
     refused = _quarantine(evaluation / "quarantine.csv")
     comparison = (
         Comparison.from_metrics({"test": judged["scores"]}, about=ABOUT) if judged else None
@@ -120,7 +123,7 @@ def benchmark_page(out: Path, result: Mapping[str, Any], progress: Progress) -> 
     summaries, thresholds, galleries, drawn = [], [], [], list[Figure]()
     for name in protocols:
         detector = load(out / name)
-        table = ScoreTable.read_csv(out / name / "evaluation" / "scores.csv")
+        table = _scores(out / name / "evaluation" / "scores.csv")
         summaries.append(replace(_summary(table, detector, 0), name=name))
         thresholds.append(replace(_threshold_data(table, detector), name=name))
         galleries += _galleries(table, detector, f"{name}: ", progress)
@@ -173,7 +176,7 @@ def _tables(block: Mapping[str, Any]) -> tuple[Table, ...]:
 
 def table_page(path: Path, run: Path | None, progress: Progress) -> Report:
     """A file of scores; galleries show the images that still lie where the file says."""
-    table = ScoreTable.read_csv(path)
+    table = _scores(path, fused=False)
     detector = None if run is None else load(run)
     refused = _quarantine(path.with_name(f"{path.stem}.quarantine.csv"))
     return Report(
@@ -188,17 +191,35 @@ def table_page(path: Path, run: Path | None, progress: Progress) -> Report:
     )
 
 
-def _read_json(path: Path) -> dict[str, Any] | None:
-    if not path.is_file():
-        return None
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except ValueError as error:
-        raise DataError(f"{path}: is not JSON ({error}): write it again") from error
+def _scores(path: Path, fused: bool = True) -> ScoreTable:
+    """A table that can be shown: finite scores, p-values in [0, 1], and a fused score if need be."""
+    settle(path.parent)
+    table = ScoreTable.read_csv(path)
+    if fused and "fused" not in table.scores:
+        raise DataError(f"{path}: has no column `fused`: evaluate the run again")
+    if any("\0" in cell for cell in (*table.paths, *(table.kinds or ()))):
+        raise DataError(f"{path}: has a NUL in a name: it is no file of scores")
+    columns = {k: (v, -schema.MOST, schema.MOST) for k, v in table.scores.items()}
+    tails = {f"p_{k}": v for k, v in table.p_values.items()}
+    tails |= {} if table.p is None else {"p": table.p}
+    for name, (values, low, high) in (columns | {k: (v, 0, 1) for k, v in tails.items()}).items():
+        wrong = np.flatnonzero(~((values >= low) & (values <= high)))  # a NaN too
+        if wrong.size:
+            raise DataError(
+                f"{path}, line {wrong[0] + 2}: {name} is {values[wrong[0]]:g}, not a number from "
+                f"{low:g} to {high:g}: leave this image out"
+            )
+    return table
+
+
+def _document(path: Path, check: schema.Check) -> dict[str, Any] | None:
+    """The content of a JSON file; None where there is none."""
+    settle(path.parent)
+    return schema.document(path, check, DataError, "write it again") if path.is_file() else None
 
 
 def _quarantine(path: Path) -> list[tuple[str, str]]:
-    return [(row["path"], row["reason"]) for row in files.read_rows(path)]
+    return [(row["path"], row["reason"]) for row in schema.table(path, QUARANTINE, DataError)]
 
 
 def _subtitle(detector: Detector) -> str:
@@ -261,8 +282,9 @@ def _figures(
     table: ScoreTable | None, detector: Detector | None, history: Sequence[Any]
 ) -> list[Figure]:
     drawn = []
-    if table is not None and table.labels is not None and len(np.unique(table.labels)) == 2:
-        labels = table.labels
+    labels = None if table is None else table.labels
+    both = labels is not None and len(np.unique(labels)) == 2
+    if table is not None and labels is not None and both and "fused" in table.scores:
         best = metrics.auroc(labels, table.scores["fused"])
         roc = figures.roc_figure(labels, table.scores)
         curve = figures.precision_recall_figure(labels, table.scores)
@@ -444,7 +466,7 @@ def _facts(run: Path, detector: Detector) -> dict[str, dict[str, str]]:
         section: {k: _plain(v) for k, v in values.items()}
         for section, values in settings.to_dict(detector.config).items()
     }
-    surroundings = _read_json(run / "environment.json") or {}
+    surroundings = _document(run / "environment.json", schema.ENVIRONMENT) or {}
     packages, engine = surroundings.pop("packages", {}), surroundings.pop("engine", {})
     engine |= {f"bfloat16: {k}": v for k, v in detector.facts.get("precision", {}).items()}
     made_with = {**surroundings, **packages}

@@ -17,14 +17,16 @@ from msvae.data.images import digest, load_image, name_of
 from msvae.engine.engine import Engine
 from msvae.evaluation import metrics
 from msvae.evaluation.conformal import Calibration, Decision, rank
-from msvae.evaluation.table import write_quarantine
+from msvae.evaluation.table import quarantine_table
+from msvae.run import schema
 from msvae.run.batching import FILES
 from msvae.run.detector import Detector, load
 from msvae.run.examples import Examples, LabelledExamples, decode_examples, examples_of, taught
-from msvae.run.leakage import CALIBRATED, check_examples, check_not_trained, digests_of
+from msvae.run.leakage import check_examples, check_not_trained, digests_of
 from msvae.run.parts import batches
 from msvae.run.precision import NOT_TRIED, TRIED, is_tried, trial_batches, try_bfloat16
 from msvae.run.score import Maps, Scan, score_batches
+from msvae.run.store import CALIBRATED, QUARANTINE
 from msvae.scores.verdict import Verdict
 
 
@@ -55,11 +57,11 @@ def calibrate_pixels(
     return Calibration(scores, {k: np.concatenate(v) for k, v in peaks.items()})
 
 
-def write_calibrated(run: Path, normals: Sequence[Path], examples: Examples | None = None) -> None:
-    """Keep which images the run was calibrated on, and taught by, so that none is tested on."""
+def calibrated_csv(normals: Sequence[Path], examples: Examples | None = None) -> bytes:
+    """Which images a run was calibrated on, and taught by, so that none is tested on."""
     shown = [] if examples is None else [Path(p) for kind in examples for p in kind]  # type: ignore[arg-type]
     known = {**digests_of(normals), **digests_of(shown)}
-    files.write_rows(run / CALIBRATED, [{"path": k, "sha256": v} for k, v in known.items()])
+    return files.as_csv([["path", "sha256"], *known.items()])
 
 
 def calibrate(
@@ -103,11 +105,10 @@ def calibrate(
         progress=progress,
     )
     detector = _with_precision(detector, scan.table.paths, progress or NullProgress())
-    detector.save_calibration(run)
-    write_calibrated(run, paths, examples)
-    (run / "quarantine.csv").unlink(missing_ok=True)  # an earlier command's
+    beside = {CALIBRATED: calibrated_csv(paths, examples)}
     if scan.quarantine:
-        write_quarantine(run / "quarantine.csv", scan.quarantine)
+        beside[QUARANTINE] = files.as_csv(quarantine_table(scan.quarantine))
+    detector.save_calibration(run, beside)
     return detector
 
 
@@ -192,7 +193,7 @@ def teach(detector: Detector, ordinary: Sequence[Any], examples: LabelledExample
 
 def part_of(run: Path, part: str) -> list[Path]:
     """The images of a part of the run, where they still lie; `DataError` where one is gone."""
-    paths = [Path(r["path"]) for r in files.read_rows(run / "split.csv") if r["part"] == part]
+    paths = [Path(r["path"]) for r in schema.table(run / "split.csv") if r["part"] == part]
     gone = [p for p in paths if not p.is_file()]
     if gone or not paths:
         raise DataError(

@@ -8,7 +8,7 @@ from typing import Any
 from msvae.core import files
 from msvae.core.errors import RunError
 from msvae.core.state import as_array, as_tensor
-from msvae.run import store
+from msvae.run import schema, store
 from msvae.training.vae import State
 
 CHECKPOINT_SHARE = 0.02  # of the training time goes into checkpoints
@@ -50,10 +50,11 @@ class CheckpointWriter:
 def resumed(folder: Path, identity: dict[str, Any]) -> State:
     """The state to go on from; `RunError` where it was begun with other images or settings."""
     tensors, facts = store.read_checkpoint(folder)
-    if facts["identity"] != _plain(identity):
+    if facts.get("identity") != _plain(identity):
         raise RunError(
             f"{folder}: was begun with other images or settings: resume with the same ones"
         )
+    schema.check_state(folder / store.CHECKPOINT, facts.get("state"))
     return State(**facts["state"], tensors={k: as_tensor(v) for k, v in tensors.items()})
 
 

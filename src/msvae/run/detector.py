@@ -23,9 +23,8 @@ from msvae.evaluation.conformal import Calibration, Decision, needed, rank
 from msvae.evaluation.table import ScoreTable
 from msvae.explain.explanation import Explanation
 from msvae.explain.nearest import References
-from msvae.run import store
+from msvae.run import schema, store
 from msvae.run.score import EachMap, Maps, Scan, scan_sources, score_batches
-from msvae.scores.catalog import MAPS, NUMBERS
 from msvae.scores.verdict import Scores, Verdict
 
 MODEL, CALIBRATION, REFERENCES = (
@@ -135,11 +134,14 @@ class Detector:
         facts = {**self.facts, "decision": asdict(decision), "n_conformal": calibration.n}
         return replace(self, calibration=calibration, decision=decision, facts=facts)
 
-    def save_calibration(self, folder: Path) -> None:
-        """Put this detector's calibration and decision into its run folder."""
+    def save_calibration(self, folder: Path, beside: Mapping[str, bytes] | None = None) -> None:
+        """Put this detector's calibration and decision into its run folder, in one step.
+
+        `beside` are the unchecked tables that come of it; the run's other ones go, but the history.
+        """
         kept = ("decision", "n_conformal", "precision")
         changes = {k: self.facts[k] for k in kept if k in self.facts}
-        store.update_run(folder, changes, CALIBRATION, self._calibration_arrays())
+        store.update_run(folder, changes, CALIBRATION, self._calibration_arrays(), beside or {})
 
     def _calibration_arrays(self) -> Arrays:
         c = self.calibration
@@ -154,16 +156,21 @@ class Detector:
         folder: str | Path,
         tables: Mapping[str, Any] | None = None,
         documents: Mapping[str, Any] | None = None,
+        beside: Mapping[str, bytes] | None = None,
     ) -> None:
-        """Write the run folder; `tables` and `documents` lie beside the model by name."""
+        """Write the run folder; `tables`, `documents` and files `beside` lie in it by name."""
         arrays = {MODEL: self.graph.arrays(), CALIBRATION: self._calibration_arrays()}
         if self.references is not None:
             arrays[REFERENCES] = {
                 **vars(self.references),
                 "names": store.pack(self.references.names),
             }
-        tables, documents = tables or {}, documents or {}
-        store.save_run(Path(folder), self.facts, arrays, tables, documents, self.graph.files())
+        tables, documents, blobs = (
+            tables or {},
+            documents or {},
+            {**self.graph.files(), **(beside or {})},
+        )
+        store.save_run(Path(folder), self.facts, arrays, tables, documents, blobs)
 
 
 def load(folder: str | Path, engine: str | None = None) -> Detector:
@@ -174,25 +181,42 @@ def load(folder: str | Path, engine: str | None = None) -> Detector:
     if engine is not None:
         engine_name(engine)  # refuse one that cannot serve here, not at the first image
     folder = Path(folder)
-    facts = store.read_facts(folder)
-    store.check_run(folder, facts)
-    _check_names(folder, facts)
-    arrays = store.read_arrays(folder / CALIBRATION)
-    references = None
-    if REFERENCES in facts["checksums"]:
-        stored = store.read_arrays(folder / REFERENCES)
-        names = tuple(store.unpack(stored.pop("names")))
-        references = References(names, **stored)
+    facts = store.read_run(folder)
+    config = schema.check_facts(folder, facts)
+    graph = SavedGraph(folder, facts)
+    graph.check(config)
+    arrays = _checked_arrays(folder, CALIBRATION, facts, schema.calibration_schema(config.model))
+    schema.check_verdict(folder / CALIBRATION, arrays)
+    calibration = Calibration(under(arrays, "conformal."), under(arrays, "peaks."))
+    decision = Decision(**facts["decision"])
+    schema.check_decision(folder, decision, calibration, facts["n_conformal"])
     return Detector(
-        config=from_dict(facts["config"]),
-        graph=SavedGraph(folder, facts),
+        config=config,
+        graph=graph,
         verdict=unflatten(Verdict, arrays, "verdict."),
-        calibration=Calibration(under(arrays, "conformal."), under(arrays, "peaks.")),
-        decision=Decision(**facts["decision"]),
-        references=references,
+        calibration=calibration,
+        decision=decision,
+        references=_references(folder, config, facts),
         facts=facts,
         engine_name=engine,
     )
+
+
+def _references(folder: Path, config: Config, facts: Mapping[str, Any]) -> References | None:
+    """The references of a run, where it keeps any."""
+    if REFERENCES not in facts["checksums"]:
+        return None
+    stored = _checked_arrays(folder, REFERENCES, facts, schema.references_schema(config.model))
+    names = schema.reference_names(folder / REFERENCES, stored.pop("names"), len(stored["fused"]))
+    return References(names, **stored)
+
+
+def _checked_arrays(
+    folder: Path, name: str, facts: Mapping[str, Any], wanted: schema.Schema
+) -> Arrays:
+    """The arrays of a file of a run, as they have to be."""
+    schema.check_arrays(folder / name, wanted)
+    return store.arrays_of(store.read_checked(folder, name, facts), folder / name)
 
 
 @dataclass(frozen=True)
@@ -214,9 +238,21 @@ class SavedGraph:
 
         return " ".join(str(self.facts["checksums"][name]) for name in (XML, BIN, MODEL))
 
+    def check(self, config: Config) -> None:
+        """Raise `RunError` where its tensors are not what a run of the settings holds."""
+        from msvae.engine.convert import BIN, XML
+
+        absent = {MODEL, CALIBRATION, XML, BIN} - self.facts["checksums"].keys()
+        if absent:
+            raise RunError(f"{self.folder}: has no checksum of {min(absent)}: {store.REMEDY}")
+        schema.check_arrays(self.folder / MODEL, schema.model_schema(config.model), "networks.")
+
     def arrays(self) -> Arrays:
         """Its tensors by name."""
-        return store.read_arrays(self.folder / MODEL)
+        return store.arrays_of(self._read(MODEL), self.folder / MODEL)
+
+    def _read(self, name: str) -> bytes:
+        return store.read_checked(self.folder, name, self.facts)
 
     def openvino_model(self) -> Any:
         """The OpenVINO model, in float32."""
@@ -228,7 +264,7 @@ class SavedGraph:
         """Its OpenVINO form as files."""
         from msvae.engine.convert import BIN, XML
 
-        return {name: (self.folder / name).read_bytes() for name in (XML, BIN)}
+        return {name: self._read(name) for name in (XML, BIN)}
 
     def torch_graph(self) -> Any:
         """The torch module, on a GPU where there is one."""
@@ -241,22 +277,14 @@ class SavedGraph:
         from msvae.scores.graph import GraphParts, ScoringGraph
 
         arrays = self.arrays()
-        networks = Networks(from_dict(self.facts["config"]).model)
         weights = {k: as_tensor(v) for k, v in under(arrays, "networks.").items()}
         try:
+            networks = Networks(from_dict(self.facts["config"]).model)
             networks.load_state_dict(weights)
         except RuntimeError as error:
             raise RunError(f"{self.folder}: weights and settings disagree: fit it again") from error
         parts = unflatten(GraphParts, under(arrays, "parts."))
         return ScoringGraph(networks.to(choose_device()).requires_grad_(False), parts)
-
-
-def _check_names(folder: Path, facts: Mapping[str, Any]) -> None:
-    """Raise `RunError` where the columns of the run's graph are not those that are read here."""
-    if facts.get("graph") != {"numbers": list(NUMBERS), "maps": list(MAPS)}:
-        raise RunError(
-            f"{folder}: has other scores, statistics or maps than this msvae: fit it again"
-        )
 
 
 def _is_one(images: Source | Sequence[Source]) -> bool:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from msvae.core import files
 from msvae.core.errors import ConfigError, ImageError
 from msvae.core.progress import NullProgress, Progress, during
+from msvae.core.replacement import check_folder, replacing
 from msvae.data.folder import Sample, find_labelled, find_pairs, warn_of
 from msvae.data.images import (
     image_size,
@@ -20,8 +21,9 @@ from msvae.data.images import (
     load_mask,
 )
 from msvae.evaluation.evaluation import Evaluation, evaluate_table
-from msvae.evaluation.table import ScoreTable, write_quarantine
+from msvae.evaluation.table import ScoreTable, quarantine_table
 from msvae.explain.faithfulness import LIMIT, evenly, faithfulness
+from msvae.run import schema
 from msvae.run.detector import Detector, load
 from msvae.run.leakage import check_leakage
 from msvae.run.score import Scan
@@ -59,6 +61,9 @@ def evaluate(
     Raises `DataError` where an image is one that the run was made with, and `ConfigError` where
     neither a data set nor both folders are named.
     """
+    run = Path(run)
+    target = run / "evaluation" if out is None else Path(out)
+    check_folder(target)
     if dataset is not None:
         samples, name = find_labelled(dataset), Path(dataset).resolve().name
     elif normal is not None and anomalous is not None:
@@ -66,13 +71,12 @@ def evaluate(
         name = Path(anomalous).resolve().name
     else:
         raise ConfigError("evaluate needs a DATASET, or both --normal DIR and --anomalous DIR")
-    run = Path(run)
     detector = load(run, engine)
     check_leakage(run, samples)
     return evaluate_samples(
         detector,
         samples,
-        run / "evaluation" if out is None else Path(out),
+        target,
         name=name,
         progress=progress,
         history=history_of(run),
@@ -121,10 +125,9 @@ def evaluate_samples(
         progress=progress,
     )
     scan = replace(scan, table=table)
-    write_evaluation(out, evaluation.to_json(), scan, history, progress)
     figures_of_maps = tested_maps(detector, kept, masks, tested, progress)
     evaluation = replace(evaluation, explanations=figures_of_maps)
-    files.write_json(out / "metrics.json", evaluation.to_json())
+    write_evaluation(out, evaluation.to_json(), scan, history, progress)
     return Evaluated(evaluation, scan, masks)
 
 
@@ -153,15 +156,19 @@ def write_evaluation(
     history: Sequence[Any],
     progress: Progress,
 ) -> None:
-    """The files of an evaluation, in `out`."""
-    files.write_json(out / "metrics.json", metrics_json)
-    scan.table.write_csv(out / "scores.csv")
-    write_quarantine(out / "quarantine.csv", scan.quarantine)
-    during(progress, "drawing figures", lambda: draw_figures(out, scan.table, history))
+    """The files of an evaluation, in `out`, in one step."""
+    drawn = during(progress, "drawing figures", lambda: draw_figures(scan.table, history))
+    with replacing(out) as new:
+        new.write("metrics.json", files.as_json(metrics_json))
+        with new.open("scores.csv") as file:
+            file.writelines(files.csv_lines(scan.table.lines()))
+        new.write("quarantine.csv", files.as_csv(quarantine_table(scan.quarantine)))
+        for name, data in drawn.items():
+            new.write(name, data)
 
 
-def draw_figures(out: Path, table: ScoreTable, history: Sequence[Any]) -> None:
-    """ROC, precision-recall, score distribution and training curves, as PNG and SVG."""
+def draw_figures(table: ScoreTable, history: Sequence[Any]) -> dict[str, bytes]:
+    """ROC, precision-recall, score distribution and training curves, as PNG and SVG files."""
     assert table.labels is not None
     drawn = {
         "roc": figures.roc_figure(table.labels, table.scores),
@@ -170,8 +177,8 @@ def draw_figures(out: Path, table: ScoreTable, history: Sequence[Any]) -> None:
     }
     if history:
         drawn["training"] = figures.training_figure(history)
-    for name, figure in drawn.items():
-        figures.save(figure, out / name)
+    kinds = ("png", "svg")
+    return {f"{k}.{kind}": figures.as_bytes(v, kind) for k, v in drawn.items() for kind in kinds}
 
 
 def masks_of(
@@ -203,5 +210,4 @@ def _mask(sample: Sample, size: int, resize: Any, wrong: list[Path]) -> NDArray[
 
 def history_of(run: Path) -> list[dict[str, float]]:
     """The rows of `history.csv` as numbers."""
-    rows = files.read_rows(run / "history.csv")
-    return [{k: float(v) for k, v in row.items()} for row in rows]
+    return schema.history(run / "history.csv")

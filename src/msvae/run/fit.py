@@ -18,14 +18,16 @@ from torch import Tensor
 from msvae.core import config as settings
 from msvae.core.config import Config
 from msvae.core.device import batch_size, choose_device, to_batch
-from msvae.core.errors import RunError
+from msvae.core.errors import DataError, ImageError, RunError
+from msvae.core.files import as_csv
 from msvae.core.progress import NullProgress, Progress, during
+from msvae.core.replacement import check_folder
 from msvae.core.state import Arrays
 from msvae.data.cache import Images
 from msvae.data.images import Pixels, Source
 from msvae.engine.choose import choose, engine_name
 from msvae.evaluation.conformal import Decision
-from msvae.evaluation.table import write_quarantine
+from msvae.evaluation.table import quarantine_table
 from msvae.explain.nearest import References
 from msvae.networks.blocks import round_weights
 from msvae.networks.model import Networks
@@ -45,7 +47,7 @@ from msvae.run.leakage import check_examples
 from msvae.run.parts import GroupBy, Part, Parts, batches, split_images
 from msvae.run.precision import is_tried, trial_batches, try_bfloat16
 from msvae.scores.catalog import MAPS, NUMBERS
-from msvae.scores.fit import Batches, learn
+from msvae.scores.fit import Batches, Learned, learn
 from msvae.scores.graph import ScoringGraph
 from msvae.scores.verdict import Verdict
 from msvae.training.auxiliary import TrainingResult, train_pretext, train_segmenter
@@ -53,6 +55,7 @@ from msvae.training.vae import State, train
 
 REFERENCES = 1000  # training images whose thumbnails are kept
 THUMBNAIL = 32
+TOO_ALIKE = "the training images differ too little to learn from: add images that do"
 EXAMPLE = 4  # images for which OpenVINO's numbers must be torch's
 
 
@@ -100,19 +103,19 @@ def fit(
         feedback=labelled,
         engine=engine,
         resume=resume,
+        refused=refused,
         progress=progress,
         say=say,
     )
-    if folder is not None:
-        (folder / "quarantine.csv").unlink(missing_ok=True)
     if folder is not None and refused:
-        write_quarantine(folder / "quarantine.csv", refused)
-        say(f"{len(refused)} images could not be read: {folder / 'quarantine.csv'} names them")
+        where = folder / store.QUARANTINE
+        say(f"{len(refused)} images could not be read: {where} names them")
     return detector
 
 
 def check_free(folder: Path, *, resume: bool, overwrite: bool) -> None:
     """Raise `RunError` where a finished run would be written over unasked."""
+    check_folder(folder)
     if store.is_run(folder) and not overwrite:
         raise RunError(f"{folder}: holds a finished run: choose another --out, or add --overwrite")
     if resume and not (folder / store.CHECKPOINT).is_file():
@@ -127,10 +130,11 @@ def fit_parts(
     feedback: LabelledExamples | None = None,
     engine: str | None = None,
     resume: bool = False,
+    refused: Sequence[ImageError] = (),
     progress: Progress | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> Detector:
-    """Train, learn the scores, calibrate, and write the run.
+    """Train, learn the scores, calibrate, and write the run; the `refused` images are named in it.
 
     Raises `DataError` where an image of the feedback is among the others: it may neither calibrate
     nor be learned twice.
@@ -155,19 +159,21 @@ def fit_parts(
     train_segmenter(networks, pixels, stop, config, progress)
     round_weights(networks.eval().requires_grad_(False))
     held = _images(stop, device, NullProgress(), "")
-    learned = during(
-        progress,
-        "fitting scores",
-        lambda: learn(
+
+    def fit_scores() -> Learned:
+        return learn(
             networks,
             _images(pixels, device, progress, "learning scores"),
             held,
             count=sizes["train"],
             alpha=config.decide.alpha,
             beta=config.train.beta,
-        ),
-    )
-    graph, verdict = learned
+        )
+
+    try:
+        graph, verdict = during(progress, "fitting scores", fit_scores)
+    except (torch.linalg.LinAlgError, np.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
+        raise DataError(TOO_ALIKE) from error
     fitted = FittedGraph(graph, pixels[:EXAMPLE])
     scoring = choose(fitted, engine)
     if scoring.info.name == "openvino":
@@ -199,8 +205,8 @@ def fit_parts(
     if folder is not None:
         rows = [*parts.rows(), *([] if feedback is None else feedback.rows())]
         tables = {"history.csv": state.history, "split.csv": rows}
-        detector.save(folder, tables, {"environment.json": environment(detector)})
-        (folder / store.CHECKPOINT).unlink(missing_ok=True)
+        beside = {store.QUARANTINE: as_csv(quarantine_table(refused))} if refused else {}
+        detector.save(folder, tables, {"environment.json": environment(detector)}, beside)
     return detector
 
 

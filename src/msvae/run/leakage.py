@@ -4,11 +4,12 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from msvae.core import files
 from msvae.core.errors import DataError, ImageError
 from msvae.data.folder import Sample
 from msvae.data.images import digest
+from msvae.run import schema
 from msvae.run.examples import LabelledExamples
+from msvae.run.store import CALIBRATED
 
 
 def check_examples(shown: LabelledExamples, known: Sequence[tuple[str, str]]) -> None:
@@ -22,12 +23,9 @@ def check_examples(shown: LabelledExamples, known: Sequence[tuple[str, str]]) ->
             )
 
 
-CALIBRATED = "calibrated.csv"  # in a run: the images of its last calibration
-
-
 def check_leakage(run: Path, samples: Sequence[Sample]) -> None:
     """Raise `DataError` when a test image has the content of one the run was fitted on."""
-    rows = [*files.read_rows(run / "split.csv"), *files.read_rows(run / CALIBRATED)]
+    rows = [*schema.table(run / "split.csv"), *schema.table(run / CALIBRATED)]
     known = digests_of([s.path for s in samples])
     check_disjoint([row["sha256"] for row in rows], list(known.values()), list(known))
 
@@ -43,7 +41,7 @@ def digests_of(paths: Sequence[Path]) -> dict[str, str]:
 
 def check_not_trained(run: Path, normals: Sequence[Path]) -> None:
     """Raise `DataError` when calibration would use images that the run was trained on."""
-    rows = files.read_rows(run / "split.csv")
+    rows = schema.table(run / "split.csv")
     trained = {row["sha256"]: row["path"] for row in rows if row["part"] != "conformal"}
     for path, content in digests_of(normals).items():
         if content in trained:

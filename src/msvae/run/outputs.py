@@ -8,20 +8,43 @@ import numpy as np
 from msvae.core import files
 from msvae.core.errors import DataError, ImageError
 from msvae.core.progress import NullProgress, Progress
+from msvae.core.replacement import check_folder, is_stream, replacing
 from msvae.data.folder import find_images
 from msvae.data.images import (
     open_image,
     squared,
 )
-from msvae.evaluation.table import write_quarantine
+from msvae.evaluation.table import quarantine_table
 from msvae.explain import explanation
 from msvae.run.detector import Detector, load
-from msvae.run.score import EachMap, Maps
+from msvae.run.score import EachMap, Maps, Scan
+from msvae.run.store import QUARANTINE
 from msvae.scores.catalog import UNITS
 from msvae.viz import curves as figures
 from msvae.viz import overlays as pictures
 
 MAP_SIDE = 512  # px of a map's picture at most
+
+
+def write_scores(out: Path, scan: Scan, *, bom: bool = False) -> Path | None:
+    """Write the table of a scan, and the reasons of the others beside it, in one step.
+
+    `bom` begins the table with a byte-order mark, as Excel wants it.
+
+    Returns the path of the latter, F.quarantine.csv; None where all could be used.
+    """
+    quarantine = out.with_name(f"{out.stem}.quarantine.csv")
+    if is_stream(out):  # nothing goes beside a device
+        scan.table.write_csv(out, bom=bom)
+        return None
+    with replacing(out.parent) as new:
+        with new.open(out.name) as file:
+            file.writelines(files.csv_lines(scan.table.lines(), bom=bom))
+        if scan.quarantine:
+            new.write(quarantine.name, files.as_csv(quarantine_table(scan.quarantine)))
+        else:
+            new.remove(quarantine.name)  # an earlier command's
+    return quarantine if scan.quarantine else None
 
 
 def map_writer(out: Path, paths: Sequence[str], detector: Detector) -> EachMap:
@@ -65,6 +88,7 @@ def write_explanations(
     detector: Detector, paths: Sequence[str], out: Path, progress: Progress | None = None
 ) -> list[Path]:
     """The pictures and numbers of `explain`, by a detector that is loaded."""
+    check_folder(out)
     stems = files.unique_stems(paths)
     written, refused = list[Path](), list[ImageError]()
     for path in (progress or NullProgress()).track(paths, "explaining", len(paths)):
@@ -79,7 +103,9 @@ def write_explanations(
         written.append(target)
     if not written:
         raise DataError(f"none of {len(paths)} images could be read, first {refused[0]}")
-    (out / "quarantine.csv").unlink(missing_ok=True)  # an earlier command's
-    if refused:
-        write_quarantine(out / "quarantine.csv", refused)
+    with replacing(out) as new:
+        if refused:
+            new.write(QUARANTINE, files.as_csv(quarantine_table(refused)))
+        else:
+            new.remove(QUARANTINE)  # an earlier command's
     return written

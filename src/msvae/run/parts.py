@@ -1,19 +1,23 @@
 """The images of a fit by their purpose: what is trained, stopped and calibrated on never mixes."""
 
+import hashlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from msvae.core.config import Config
-from msvae.core.errors import ImageError
+from msvae.core.errors import DataError, ImageError, RateError
 from msvae.core.files import cache_dir
 from msvae.core.progress import Progress
 from msvae.data.cache import Images, decode
 from msvae.data.folder import find_images
 from msvae.data.images import Pixels, Source
-from msvae.data.split import group_names, split_by_content
-from msvae.evaluation.conformal import rank
+from msvae.data.split import CONFORMAL, group_names, split_by_content
+from msvae.evaluation.conformal import needed, rank
 
+DISTINCT = 10  # training images that differ, at least
+DECODED = 16  # images compared at a time
 GroupBy = str | Callable[[Sequence[str]], list[str]]
 
 
@@ -68,14 +72,47 @@ def split_images(
             else group_by(decoded.names)
         )
     split = split_by_content(decoded.digests, groups)
-    if config.decide.rule == "conformal":  # refuse before the long work, not after
-        rank(config.decide.target_fpr, len(split.conformal))
+    # Refuse before the long work, not after.
+    check_distinct(decoded.some(split.train))
+    if config.decide.rule == "conformal":
+        check_rate(config.decide.target_fpr, len(split.conformal))
 
     def part(rows: Sequence[int]) -> Part:
         names = tuple(decoded.names[i] for i in rows)
         return Part(decoded.some(rows), names, tuple(decoded.digests[i] for i in rows))
 
     return Parts(part(split.train), part(split.stop), part(split.conformal)), decoded.quarantine
+
+
+def check_distinct(pixels: Images) -> None:
+    """Raise `DataError` where decoded images (N, S, S, 3) are too few that differ to learn from."""
+    distinct = set[bytes]()
+    for first in range(0, len(pixels), DECODED):
+        some = pixels[first : first + DECODED]
+        distinct |= {hashlib.sha256(image.tobytes()).digest() for image in some}
+        if len(distinct) >= DISTINCT:
+            return
+    raise DataError(
+        f"of {len(pixels)} images to train on only {len(distinct)} differ once they are decoded: "
+        f"at least {DISTINCT} are needed; are they black, transparent or copies?"
+    )
+
+
+def check_rate(rate: float, n: int) -> None:
+    """Raise `RateError` where the n calibration images of a folder cannot keep a false-alarm rate.
+
+    The message names how many images in all would keep it, and the rate that these can keep.
+    """
+    if not 0 < rate < 1 or n >= needed(rate):
+        rank(rate, n)
+        return
+    total = math.floor(round((needed(rate) - 1) / CONFORMAL, 9)) + 1
+    lowest = math.ceil(round(1000 / (n + 1), 9)) / 1000
+    raise RateError(
+        f"a false-alarm rate of {rate:g} needs at least {needed(rate)} calibration images, got {n}: "
+        f"add images until there are {total} in all, or ask for --target-fpr {lowest:g}, which "
+        "these can keep"
+    )
 
 
 def batches(pixels: Images, size: int, progress: Progress, task: str) -> Iterator[Pixels]:

@@ -3,19 +3,20 @@
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from threading import Lock
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from msvae.core.config import Resize
-from msvae.core.errors import DataError, ImageError
+from msvae.core.errors import DataError, ImageError, RunError
 from msvae.core.files import DiskArray
 from msvae.core.progress import NullProgress, Progress
 from msvae.data.images import Pixels, Source, load_image, name_of
 from msvae.engine.engine import Engine
 from msvae.evaluation.table import ScoreTable
 from msvae.run.batching import FILES, batch_ranges, in_parallel
-from msvae.scores.catalog import MAPS
+from msvae.scores.catalog import MAPS, NUMBERS
 from msvae.scores.verdict import Scores, Verdict
 
 Maps = dict[str, NDArray[np.float32]]  # each (B, S, S), or (S, S) of one image
@@ -92,7 +93,13 @@ def score_batches(
             return {}, {}
         numbers, maps = engine(pixels, drawing)
         drawn = {} if maps is None else dict(zip(MAPS, maps.transpose(1, 0, 2, 3), strict=True))
-        return verdict(numbers), drawn
+        if numbers.shape != (len(pixels), len(NUMBERS)):
+            raise RunError("the graph of the run gives other numbers than its scores: fit it again")
+        check_finite(numbers, *drawn.values())
+        with np.errstate(all="ignore"):  # what a broken run makes of them is refused
+            scores = verdict(numbers)
+        check_finite(*scores.values())
+        return scores, drawn
 
     for scores, maps in in_parallel(work, batches, engine.workers):
         for name, column in scores.items():
@@ -104,6 +111,12 @@ def score_batches(
                 arrays.setdefault(name, DiskArray()).add(values)
     joined = {name: np.concatenate(parts) for name, parts in columns.items()}
     return joined, {name: array.array() for name, array in arrays.items()}
+
+
+def check_finite(*arrays: NDArray[np.floating[Any]]) -> None:
+    """Raise `RunError` where a run gives anything that is no finite number: none may be served."""
+    if not all(np.isfinite(array).all() for array in arrays):
+        raise RunError("the run gives scores that are no finite numbers: fit it again")
 
 
 class ImageReader:

@@ -2,12 +2,10 @@
 
 import io
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from msvae.core.files import write_bytes
 from msvae.evaluation import metrics
 from msvae.evaluation.metrics import Floats, Ints
 
@@ -168,9 +166,3 @@ def as_bytes(figure: Any, kind: str) -> bytes:
         metadata = {"Date": None} if kind == "svg" else None
         figure.savefig(stream, format=kind, dpi=160, metadata=metadata)
     return stream.getvalue()
-
-
-def save(figure: Any, stem: Path) -> None:
-    """Write `stem`.png and `stem`.svg atomically."""
-    for kind in ("png", "svg"):
-        write_bytes(stem.with_name(f"{stem.name}.{kind}"), as_bytes(figure, kind))
