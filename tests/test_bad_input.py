@@ -194,7 +194,7 @@ def test_a_run_that_is_not_there(verb, msvae, made, tmp_path):
     """Is told by its name, with what a run is."""
     words = {
         "explain": [made / "new", "--out", tmp_path / "out"],
-        "evaluate": ["--normal", made / "new", "--anomalous", made / "new"],
+        "evaluate": ["--normal", made / "new", "--anomalous", made / "good"],
     }.get(verb, [made / "new"])
     refused(msvae(verb, tmp_path / "gone", *words), str(tmp_path / "gone"), "not a run")
 

@@ -243,3 +243,15 @@ def test_some_of_the_images_are_read_when_they_are_asked_for(files, tmp_path):
     np.testing.assert_array_equal(some[np.array([1, 0, 1])], decoded.pixels[[0, rows[0], 0]])
     assert some[2:].shape == (0, 16, 16, 3)
     assert some.whole is decoded.pixels
+
+
+def test_a_user_without_a_home_goes_without_a_cache(monkeypatch):
+    """Neither HOME nor an entry in passwd, as in many containers: images are decoded all the same."""
+    for name in ("MSVAE_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", homeless)
+    assert cache_dir() is None

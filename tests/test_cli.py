@@ -7,6 +7,7 @@ import os
 import platform
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from functools import partial
@@ -812,11 +813,12 @@ def test_mistakes_seen_only_later(made, msvae, tmp_path):
         assert entries(made / "run") == before
 
 
-def test_ctrl_c(made, msvae, monkeypatch):
-    """Ends with 130 and one line, without a traceback."""
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_with_one_line(made, msvae, monkeypatch, number):
+    """Ctrl-C, and the polite kill: 130 and one line, without a traceback."""
 
     def interrupt(*_, **__):
-        raise KeyboardInterrupt
+        signal.raise_signal(number)
 
     monkeypatch.setattr(outputs, "write_explanations", interrupt)
     code, _, lines = msvae("explain", made / "run", made / "normals", "--out", made / "never")

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from msvae.core.errors import DataError
-from msvae.data.folder import find_images, find_labelled, find_pairs
+from msvae.data.folder import check_normal, find_images, find_labelled, find_pairs
 
 
 def tree(root: Path, *names: str) -> Path:
@@ -44,7 +44,7 @@ def test_recursion_sorted_without_hidden_files_and_masks(tmp_path):
     tree(tmp_path, "b/2.JPG", "a/1.png", "a/.x.png", ".git/3.png", "n.txt", "c/4.jpg", "c/4.png")
     found = find_images(str(tmp_path))
     assert names(found.paths, tmp_path) == ["a/1.png", "b/2.JPG", "c/4.jpg"]
-    assert "1 masks skipped" in found.note
+    assert "passed over: 1 masks, 1 .txt" in found.note
 
 
 def test_names_come_in_the_order_of_their_parts(tmp_path):
@@ -143,3 +143,23 @@ def test_bottle(data_dir):
     samples = find_labelled(root)
     assert sum(s.label == 0 for s in samples) == 20
     assert sum(s.label == 1 and s.mask is not None for s in samples) == 63
+
+
+@pytest.mark.parametrize("others", [("bad",), ("defects", "ground_truth"), ("test",)])
+def test_good_images_beside_others_are_no_folder_to_learn_from(tmp_path, others):
+    """The user is told which folder is meant; a tree of good ones, and one with train/good, serve."""
+    tree(tmp_path, "good/0.png", *[f"{name}/0.png" for name in others])
+    with pytest.raises(DataError, match=r"name .*/good"):
+        check_normal(tmp_path)
+    check_normal(tmp_path / "good")
+    check_normal(tree(tmp_path / "mvtec", *MVTEC))
+    check_normal(tree(tmp_path / "lots", "lot1/0.png", "lot2/0.png"))
+
+
+def test_whatever_pillow_opens_is_an_image(tmp_path):
+    """Endings that Pillow knows; films, drawings that want other programs, and texts are counted."""
+    known = ("0.jfif", "1.AVIF", "2.j2k", "3.pcx", "4.qoi", "5.tga")
+    found = find_images(tree(tmp_path, *known, "a.heic", "b.eps", "c.mpg", "d.csv", "e"))
+    assert names(found.paths, tmp_path) == list(known)
+    for left in ("1 .heic", "1 .eps", "1 .mpg", "1 .csv", "1 without ending"):
+        assert left in found.note

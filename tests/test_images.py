@@ -5,17 +5,23 @@ import struct
 import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
 from msvae.core.errors import ImageError
 from msvae.data import images
-from msvae.data.images import digest, load_image, load_mask, name_of, open_image
+from msvae.data.images import digest, load_image, name_of, open_image
+from msvae.data.masks import load_mask
+from msvae.run.detector import _is_one
 
 
 def picture(height: int = 20, width: int = 30, seed: int = 0) -> np.ndarray:
@@ -300,7 +306,7 @@ def test_plain_jpegs_are_the_same_to_the_pixel_by_simplejpeg(least, how, mode, m
     quick = images._quickly(data, least)
     assert quick is not None
     monkeypatch.setattr(images, "_quickly", lambda *_: None)
-    expected = images._decoded(data, "it", least).convert("RGB")
+    expected = images.decoded(data, "it", least).convert("RGB")
     assert quick.size == expected.size
     assert np.array_equal(quick, expected)
 
@@ -319,12 +325,76 @@ def test_pillow_looks_at_what_is_not_plain(monkeypatch):
     }
     for name, data in others.items():
         assert images._quickly(data, 0) is None, name
-    assert images._decoded(others["turned"], "it").size == (250, 333)
+    assert images.decoded(others["turned"], "it").size == (250, 333)
     with pytest.raises(ImageError, match="is damaged"):
-        images._decoded(others["cut off"], "it")
+        images.decoded(others["cut off"], "it")
     assert images._quickly(plain, 0) is not None
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 333 * 249)
     assert images._quickly(plain, 0) is None
     monkeypatch.undo()
     monkeypatch.setattr(images, "_simplejpeg", lambda: None)
     assert images._quickly(plain, 0) is None
+
+
+# What is not what it seems.
+
+
+def pages(kind):
+    several = [Image.new("L", (16, 16), level) for level in (10, 200, 90)]
+    buffer = io.BytesIO()
+    several[0].save(buffer, kind, save_all=True, append_images=several[1:])
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["TIFF", "GIF", "WEBP", "PNG"])
+def test_several_pages_are_refused(tmp_path, kind):
+    """Rather than the first of them taken for the picture."""
+    path = tmp_path / f"a.{kind.lower()}"
+    path.write_bytes(pages(kind))
+    with pytest.raises(ImageError, match=r"holds 3 pages or frames: save each"):
+        open_image(path)
+
+
+def test_white_zero_of_16_bits_is_turned_over(tmp_path):
+    """As Pillow itself does for 8 bits."""
+    values = np.linspace(0, 65535, 256).astype(np.uint16).reshape(16, 16)
+    tags = ImageFileDirectory_v2()
+    tags[262] = 0
+    Image.fromarray(values).save(tmp_path / "a.tif", tiffinfo=tags)
+    wanted = ((65535 - values.astype(float)) / 257).round()
+    np.testing.assert_array_equal(np.asarray(open_image(tmp_path / "a.tif"))[..., 0], wanted)
+
+
+def test_whatever_a_decoder_raises_is_the_files_fault(tmp_path):
+    """A palette with more opacities than colours; a JPEG sampled as the fast library cannot."""
+    image = Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16) % 4, "P")
+    image.putpalette([0, 0, 0, 255, 0, 0, 0, 255, 0, 0, 0, 255])
+    image.save(tmp_path / "a.png", transparency=b"\x00" * 4)
+    data = (tmp_path / "a.png").read_bytes()
+    at = data.index(b"tRNS")
+    body = b"tRNS" + b"\x00" * 600
+    longer = struct.pack(">I", 600) + body + struct.pack(">I", zlib.crc32(body))
+    (tmp_path / "a.png").write_bytes(data[: at - 4] + longer + data[at + 12 :])
+    with suppress(ImageError):  # either will do, a traceback will not
+        assert open_image(tmp_path / "a.png").mode == "RGB"
+    jpeg = bytearray(as_jpeg(photograph(), subsampling=0))
+    at = jpeg.index(b"\xff\xc0") + 11  # the first colour's sampling
+    jpeg[at] = 0x41
+    (tmp_path / "b.jpg").write_bytes(jpeg)
+    assert open_image(tmp_path / "b.jpg").mode == "RGB"
+
+
+def test_16_bits_in_planes_are_refused(tmp_path):
+    """Pillow would mix the planes up."""
+    path, planes = tmp_path / "a.tif", np.zeros((3, 16, 16), np.uint16)
+    tifffile.imwrite(path, planes, photometric="rgb", planarconfig="separate")
+    with pytest.raises(ImageError, match="interleaved"):
+        open_image(path)
+
+
+def test_a_tensor_is_one_image():
+    """Of shape (3, H, W) it is refused, and not taken for three grey ones."""
+    with pytest.raises(ImageError, match=r"has shape \(3, 16, 20\)"):
+        open_image(torch.zeros(3, 16, 20))
+    assert _is_one(torch.zeros(3, 16, 20))
+    assert not _is_one([np.zeros((16, 16), np.uint8)])

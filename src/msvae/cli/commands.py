@@ -114,7 +114,10 @@ def score(options: argparse.Namespace) -> int:
         check_output(options.out)
     if options.maps is not None:
         check_folder(options.maps)
-    paths = find_images(options.images).names
+    listing = find_images(options.images, pngs=False)
+    paths = listing.names
+    if "passed over" in listing.note:
+        screen.say(listing.note)
     detector = load(options.run, options.engine)
     write = None
     if options.maps is not None:
@@ -156,6 +159,8 @@ def evaluate(options: argparse.Namespace) -> int:
     screen.evaluation(result["evaluation"], result)
     page = options.run / "report.html" if options.out is None else out / "report.html"
     _report(screen, options.run, page=page, evaluation=out)
+    masks, anomalous = result["n"].get("masks", 0), result["n"]["anomalous"]
+    screen.say(f"masks: of {masks} of {anomalous} anomalous images")
     if not done.scan.quarantine:  # its file is written in any case
         return 0
     screen.unreadable(len(done.scan.quarantine), out / "quarantine.csv")

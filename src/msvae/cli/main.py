@@ -6,9 +6,11 @@ torch, matplotlib and rich are imported by the verb that needs them, so that `--
 import argparse
 import dataclasses
 import io
+import signal
 import sys
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
@@ -25,6 +27,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command; exits with 0, with 2 for a mistake that the user can mend, or as the verb says."""
     warnings.showwarning = _show_warning
     _print_anything()
+    with suppress(ValueError):  # only the main thread may say what a signal does
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     parser = build_parser()
     options = parser.parse_args(arguments)
     try:

@@ -1,11 +1,16 @@
 """Where and how torch computes: the device, the precision, the batch."""
 
+import os
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from msvae.core.config import TrainConfig
 from msvae.core.processor import has_bfloat16
+
+if hasattr(os, "register_at_fork"):  # the threads of torch's OpenMP do not survive a fork
+    os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
 
 BATCH = 64  # images at a time, at most
 WORK = 192 * 64**2  # pixels of such a batch: more takes memory, fewer read wide layers more often

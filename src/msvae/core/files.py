@@ -174,9 +174,12 @@ def unique_stems(paths: Sequence[str]) -> dict[str, str]:
     }
 
 
-def cache_dir() -> Path:
-    """`MSVAE_CACHE`, else `msvae` in the user's cache folder."""
+def cache_dir() -> Path | None:
+    """`MSVAE_CACHE`, else `msvae` in the user's cache folder; None for a user without a home."""
     if given := os.environ.get("MSVAE_CACHE"):
         return Path(given)
     base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "msvae"
+    try:
+        return (Path(base) if base else Path.home() / ".cache") / "msvae"
+    except RuntimeError:  # neither HOME nor an entry in passwd
+        return None

@@ -12,8 +12,9 @@ from msvae.core.errors import DataError
 from msvae.core.files import cache_dir
 from msvae.core.progress import NullProgress, Progress
 from msvae.data.download import Remote, fetch, unpack
-from msvae.data.folder import Sample, find_images, mask_beside
+from msvae.data.folder import Sample, find_images
 from msvae.data.images import Pixels
+from msvae.data.masks import mask_of
 
 _VGG = "https://www.robots.ox.ac.uk/~vgg/data/flowers/102"
 FLOWERS_ARCHIVE = Remote(f"{_VGG}/102flowers.tgz", "52808999861908f626f3c1f4e79d11fa")
@@ -163,7 +164,7 @@ def magnetic_tile(data_dir: str | Path) -> MagneticTile:
         )
     kinds = sorted(p for p in folder.glob("MT_*") if p.is_dir() and p.name != "MT_Free")
     anomalous = tuple(
-        Sample(path, 1, kind.name.removeprefix("MT_").lower(), mask_beside(path))
+        Sample(path, 1, kind.name.removeprefix("MT_").lower(), mask_of(path))
         for kind in kinds
         for path in find_images(kind).paths
     )
@@ -207,7 +208,10 @@ def mvtec_categories(data_dir: str | Path) -> dict[str, Path]:
 
 
 def _base(data_dir: str | Path | None) -> Path:
-    return cache_dir() / "data" if data_dir is None else Path(data_dir)
+    cache = cache_dir()
+    if data_dir is None and cache is None:
+        raise DataError("there is no home for a cache of data sets: name a folder by --data-dir")
+    return cache / "data" if data_dir is None and cache is not None else Path(data_dir or "")
 
 
 def _first(*folders: Path, having: str) -> Path | None:

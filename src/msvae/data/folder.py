@@ -3,16 +3,16 @@
 import glob
 import os
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from msvae.core.errors import DataError
+from msvae.data.images import is_image
+from msvae.data.masks import mask_of, pair, without_masks
 
-IMAGE_SUFFIXES = frozenset(
-    {".png", ".jpg", ".jpeg", ".jpe", ".bmp", ".tif", ".tiff", ".webp", ".gif"}
-    | {".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".tga", ".avif"}
-)
+NORMAL = ("good", "normal", "ok")  # what a folder of normal images may be called beside others
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Sample:
     path: Path
     label: int  # 0 normal, 1 anomalous
     kind: str  # "good", or the name of the defect
-    mask: Path | None = None
+    mask: Path | None = None  # a file, or a folder of several that are joined
 
 
 @dataclass(frozen=True)
@@ -38,26 +38,24 @@ class ImageListing:
         return tuple(map(Path, self.names))
 
 
-def is_image(path: Path) -> bool:
-    """Whether the name is that of an image file; hidden files are not."""
-    return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
-
-
-def find_images(where: str | Path | Sequence[str | Path]) -> ImageListing:
+def find_images(where: str | Path | Sequence[str | Path], pngs: bool = True) -> ImageListing:
     """The images of a folder, a file, a glob pattern, or a list of these.
 
-    Of a folder with `train/good` exactly that is used; of others everything below, but a PNG beside
-    an image of the same stem is its mask and is passed over. Raises `DataError`.
+    Of a folder with `train/good` exactly that is used; of others everything below but masks: what has
+    a mask's name beside its picture, or lies in a folder of masks; with `pngs` a PNG beside another
+    image of the same stem, too. The note counts what was passed over. Raises `DataError`.
     """
     if not isinstance(where, str | Path):
-        parts = [find_images(w) for w in where]
+        parts = [find_images(w, pngs) for w in where]
         names = tuple(dict.fromkeys(n for part in parts for n in part.names))
         if not names:
             raise DataError("the list of images is empty: name at least one")
-        return parts[0] if len(parts) == 1 else ImageListing(names, f"{len(names)} images")
+        notes = "; ".join(part.note for part in parts if "passed over" in part.note)
+        whole = f"{len(names)} images" + (f" ({notes})" if notes else "")
+        return parts[0] if len(parts) == 1 else ImageListing(names, whole)
     path = Path(where)
     if path.is_dir():
-        return _in_folder(path)
+        return _in_folder(path, pngs)
     if path.is_file():
         return ImageListing((str(path),), str(path))
     matches = (Path(m) for m in glob.iglob(str(where), recursive=True))  # noqa: PTH207 (absolute patterns)
@@ -69,26 +67,49 @@ def find_images(where: str | Path | Sequence[str | Path]) -> ImageListing:
     raise DataError(f"{where}: no such file or folder: check the path")
 
 
-def _in_folder(folder: Path) -> ImageListing:
+def _in_folder(folder: Path, pngs: bool = True) -> ImageListing:
     good = folder / "train" / "good"
     root = good if good.is_dir() else folder
-    names, masks = _apart(_below(root))
+    images, others = _below(root)
+    names = without_masks(images, root, pngs)
     if not names:
-        raise DataError(f"{root}: holds no images: name a folder with image files")
+        raise DataError(
+            f"{root}: holds no images{_counted(others)}: name a folder with image files"
+        )
+    masks = len(images) - len(names)
     note = f"{root}: {len(names)} images"
     if root is good:
         note += " (train/good, and nothing else of the tree)"
-    return ImageListing(tuple(names), note + (f", {masks} masks skipped" if masks else ""))
+    if masks:
+        others = Counter({"masks": masks}) + others
+    return ImageListing(tuple(names), note + _counted(others))
 
 
-def _below(root: Path) -> list[str]:
-    """Every image below; nothing hidden."""
-    names: list[str] = []
-    for folder, below, files in os.walk(root):
-        below[:] = [name for name in below if not name.startswith(".")]
-        paths = (Path(folder, name) for name in files)
-        names += [str(path) for path in paths if is_image(path) and path.is_file()]
-    return _in_order(names)
+def _counted(others: Counter[str]) -> str:
+    """What was passed over, with its number."""
+    parts = [f"{count} {what}" for what, count in others.items()]
+    return f", passed over: {', '.join(parts)}" if parts else ""
+
+
+def _below(root: Path) -> tuple[list[str], Counter[str]]:
+    """Every image below, and how many other files by their ending; nothing hidden.
+
+    Links to folders are followed, each folder once.
+    """
+    names, others, places = list[str](), Counter[str](), set[str]()
+    for folder, below, files in os.walk(root, followlinks=True):
+        if os.path.realpath(folder) in places:
+            below.clear()
+            continue
+        places.add(os.path.realpath(folder))
+        below[:] = sorted(name for name in below if not name.startswith("."))
+        for name in files:
+            path = Path(folder, name)
+            if is_image(path) and path.is_file():
+                names.append(str(path))
+            elif not name.startswith("."):
+                others[path.suffix.lower() or "without ending"] += 1
+    return _in_order(names), others
 
 
 def _in_order(names: Iterable[str]) -> list[str]:
@@ -96,15 +117,17 @@ def _in_order(names: Iterable[str]) -> list[str]:
     return sorted(names, key=lambda name: name.replace(os.sep, "\0"))
 
 
-def _apart(names: Sequence[str]) -> tuple[list[str], int]:
-    """Images, and how many PNG masks were left out that lie beside an image of the same stem."""
-    others = {name.rpartition(".")[0] for name in names if not _is_png(name)}
-    images = [n for n in names if not _is_png(n) or n.rpartition(".")[0] not in others]
-    return images, len(names) - len(images)
-
-
-def _is_png(name: str) -> bool:
-    return name.lower().endswith(".png")
+def check_normal(folder: Path) -> None:
+    """Raise `DataError` for a folder that holds good images beside others: which are to be learned?"""
+    if not folder.is_dir() or (folder / "train" / "good").is_dir():
+        return
+    below = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+    good = [name for name in below if name.lower() in NORMAL]
+    if good and len(below) > len(good):
+        raise DataError(
+            f"{folder}: holds {', '.join(below)}, and a fit learns that all it is given is normal: "
+            f"name {folder / good[0]}"
+        )
 
 
 def find_labelled(root: str | Path) -> tuple[Sample, ...]:
@@ -127,17 +150,18 @@ def _samples(folder: Path, truth: Path) -> list[Sample]:
     paths, kind = _in_folder(folder).paths, folder.name
     if kind == "good":
         return [Sample(p, 0, kind) for p in paths]
-    masks = _masks_in(truth)
-    _tell_lonely(masks, paths)
-    missing = [p for p in paths if masks and p.stem not in masks]
+    masks = _paired(paths, folder, truth)
+    missing = [p for p in paths if masks and p not in masks]
     if missing:
         warn_of(missing, "has no mask, where others have: it counts for the image figures only")
-    return [Sample(p, 1, kind, masks.get(p.stem) or mask_beside(p)) for p in paths]
+    return [Sample(p, 1, kind, masks.get(p) or mask_of(p)) for p in paths]
 
 
-def _tell_lonely(masks: dict[str, Path], paths: Sequence[Path]) -> None:
-    if lonely := sorted(set(masks) - {p.stem for p in paths}):
-        warn_of([masks[k] for k in lonely], "is a mask without an image: left out")
+def _paired(paths: Sequence[Path], root: Path, truth: Path) -> dict[Path, Path]:
+    masks, lonely = pair(paths, root, truth)
+    if lonely:
+        warn_of(lonely, "is a mask without an image: left out")
+    return masks
 
 
 def warn_of(paths: Sequence[Path], what: str) -> None:
@@ -149,32 +173,22 @@ def warn_of(paths: Sequence[Path], what: str) -> None:
 def find_pairs(
     normal: str | Path, anomalous: str | Path, masks: str | Path | None = None
 ) -> tuple[Sample, ...]:
-    """Labelled samples of two folders; masks from a third, or beside the anomalous images."""
-    good = [Sample(p, 0, "good") for p in find_images(normal).paths]
-    found = find_images(anomalous).paths
-    if masks is not None:
-        by_stem = _masks_in(Path(masks))
-        if not by_stem:
-            raise DataError(f"{masks}: holds no masks: name the folder of PNG masks")
-        _tell_lonely(by_stem, found)
-        return (*good, *[Sample(p, 1, "anomalous", by_stem.get(p.stem)) for p in found])
-    return (*good, *[Sample(p, 1, "anomalous", mask_beside(p)) for p in found])
+    """Labelled samples of two folders; masks from a third, or beside the anomalous images.
 
-
-def mask_beside(path: Path) -> Path | None:
-    """The PNG of the same stem beside an image that is not a PNG itself."""
-    mask = path.with_suffix(".png")
-    return mask if path.suffix.lower() != ".png" and mask.is_file() else None
-
-
-def _masks_in(folder: Path) -> dict[str, Path]:
-    """Mask files by the stem of their image: `<stem>_mask.png` or `<stem>.png`."""
-    files = sorted(p for p in folder.glob("*") if p.is_file() and is_image(p))
-    return {p.stem.removesuffix("_mask"): p for p in files}
-
-
-def mask_of(path: Path) -> Path | None:
-    """The mask of an image: in the MVTec tree's `ground_truth`, or beside the image."""
-    truth = path.parent.parent.parent / "ground_truth" / path.parent.name
-    candidate = truth / f"{path.stem}_mask.png"
-    return candidate if candidate.is_file() else mask_beside(path)
+    Raises `DataError` where an image is in both.
+    """
+    good, odd = (find_images(where).paths for where in (normal, anomalous))
+    both = {p.resolve() for p in good} & {p.resolve() for p in odd}
+    if both:
+        raise DataError(
+            f"{min(both)}: is among the normal and among the anomalous images ({len(both)} such): "
+            "name folders of which none holds the other"
+        )
+    normals = [Sample(p, 0, "good") for p in good]
+    if masks is None:
+        return (*normals, *[Sample(p, 1, "anomalous", mask_of(p)) for p in odd])
+    root = Path(anomalous) if Path(anomalous).is_dir() else Path(os.path.commonpath(odd))
+    by_picture = _paired(odd, root, Path(masks))
+    if not by_picture and not any(map(is_image, Path(masks).rglob("*"))):
+        raise DataError(f"{masks}: holds no masks: name the folder of masks")
+    return (*normals, *[Sample(p, 1, "anomalous", by_picture.get(p)) for p in odd])

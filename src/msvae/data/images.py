@@ -22,7 +22,24 @@ _FILTERS = threading.Lock()  # of warnings: they belong to the process, one thre
 SMALLEST = 8  # px
 TURNED = range(2, 9)  # EXIF orientations that are not upright
 GAP = 1.9  # Pillow's thumbnails keep 2; photographs of 500 px then miss a step by 12 px
+BITS, PHOTOMETRIC, PLANAR = 258, 262, 284  # tags of TIFF
 FRACTIONS = (8, 4, 2, 1)  # of its size, at which a JPEG is decoded
+OTHER_ENDINGS = frozenset(  # drawings and films that want other programs, and data
+    [
+        ".eps",
+        ".ps",
+        ".mpg",
+        ".mpeg",
+        ".h5",
+        ".hdf",
+        ".bufr",
+        ".grib",
+        ".wmf",
+        ".emf",
+        ".fli",
+        ".flc",
+    ]
+)
 PLAIN = ("YCbCr", "Gray")  # colours of a JPEG that need no second look
 Pixels = NDArray[np.uint8]
 
@@ -33,6 +50,18 @@ def quiet() -> Iterator[None]:
     with _FILTERS, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
+
+
+@lru_cache(maxsize=1)
+def endings() -> frozenset[str]:
+    """Of the files that Pillow opens by itself."""
+    known = Image.registered_extensions().items()
+    return frozenset(ending for ending, kind in known if kind in Image.OPEN) - OTHER_ENDINGS
+
+
+def is_image(path: Path) -> bool:
+    """Whether the name is that of an image file; hidden files are not."""
+    return path.suffix.lower() in endings() and not path.name.startswith(".")
 
 
 def name_of(source: Source, index: int) -> str:
@@ -72,14 +101,19 @@ def open_image(
     """
     name = name or name_of(source, 0)
     if isinstance(source, str | Path):
-        image = _decoded(data or read_bytes(source), name, least)
+        image = decoded(data or read_bytes(source), name, least)
     elif isinstance(source, Image.Image):
         image = _loaded(source, name)
     else:
         image = _from_array(np.asarray(source), name)
     if min(image.size) < SMALLEST:
         raise ImageError(name, f"is {image.size[0]}×{image.size[1]} px: at least {SMALLEST} needed")
-    return _as_rgb(image, name)
+    try:
+        return _as_rgb(image, name)
+    except ImageError:
+        raise
+    except Exception as error:  # a palette's transparency of another length, for one
+        raise ImageError(name, f"is damaged: {_first_line(error)}") from error
 
 
 def load_image(
@@ -105,33 +139,7 @@ def load_image(
 
 def image_size(path: str | Path) -> tuple[int, int]:
     """Width and height of an image file, px, as it is shown (turned by EXIF)."""
-    return _decoded(read_bytes(path), str(path)).size
-
-
-def load_mask(path: str | Path, size: int, resize: Resize = "stretch") -> NDArray[np.bool_]:
-    """The mask at `size` x `size`: true where at least half of the block is mask.
-
-    A mask that would vanish so keeps its pixels of largest coverage.
-    """
-    name = str(path)
-    grey = _as_rgb(_decoded(read_bytes(path), name), name).convert("L")
-    values = np.asarray(squared(grey, resize))
-    mask = values > (127 if values.max() > 127 else 0)  # dark masks hold class numbers
-    cover = _shares(mask.shape[0], size) @ mask @ _shares(mask.shape[1], size).T
-    kept: NDArray[np.bool_] = cover >= 0.5 - 1e-6
-    if not kept.any() and cover.max() > 0:
-        kept = cover >= cover.max() - 1e-6
-    return kept
-
-
-def _shares(length: int, size: int) -> NDArray[np.float64]:
-    """Which share of each of `size` equal blocks each of `length` pixels fills, (size, length)."""
-    edges = np.arange(size + 1) * (length / size)
-    pixel = np.arange(length)
-    first = np.maximum(edges[:-1, None], pixel)
-    last = np.minimum(edges[1:, None], pixel + 1)
-    shares: NDArray[np.float64] = (last - first).clip(0) / (length / size)
-    return shares
+    return decoded(read_bytes(path), str(path)).size
 
 
 def squared(image: Image.Image, resize: Resize) -> Image.Image:
@@ -143,7 +151,8 @@ def squared(image: Image.Image, resize: Resize) -> Image.Image:
     return image.crop((left, top, left + side, top + side))
 
 
-def _decoded(data: bytes, name: str, least: int = 0) -> Image.Image:
+def decoded(data: bytes, name: str, least: int = 0) -> Image.Image:
+    """The image of a file's bytes in its own mode, turned by EXIF; `least` as for `open_image`."""
     quick = _quickly(data, least)
     if quick is not None:
         return quick
@@ -160,7 +169,25 @@ def _decoded(data: bytes, name: str, least: int = 0) -> Image.Image:
         raise ImageError(name, "is not an image that Pillow can open") from error
     except Exception as error:  # Pillow's parsers raise anything from OSError to struct.error
         raise ImageError(name, f"is damaged: {_first_line(error)}") from error
-    return _loaded(image, name)
+    _check_pages(image, name)
+    return _inverted(_loaded(image, name), image)
+
+
+def _check_pages(image: Image.Image, name: str) -> None:
+    """Raise `ImageError` where a file holds more, or other, than the one picture that is read."""
+    pages = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)  # MPO: a phone's preview
+    if pages > 1:
+        raise ImageError(name, f"holds {pages} pages or frames: save each as a file of its own")
+    tags = getattr(image, "tag_v2", {})
+    if tags.get(PLANAR) == 2 and max(tags.get(BITS, (8,))) > 8:
+        raise ImageError(name, "is a TIFF of 16 bits in planes: save it with interleaved channels")
+
+
+def _inverted(loaded: Image.Image, image: Image.Image) -> Image.Image:
+    """Grey of 16 bits whose 0 is white, turned over; Pillow does it for 8 bits only."""
+    if getattr(image, "tag_v2", {}).get(PHOTOMETRIC) == 0 and loaded.mode.startswith("I;16"):
+        return Image.fromarray(65535 - np.asarray(loaded).astype(np.uint16))
+    return loaded
 
 
 @lru_cache(maxsize=1)
@@ -192,7 +219,7 @@ def _quickly(data: bytes, least: int) -> Image.Image | None:
         pixels = library.decode_jpeg(
             data, "RGB", min_height=size[0], min_width=size[1], min_factor=1, strict=True
         )
-    except (ValueError, OverflowError):
+    except Exception:  # it knows fewer kinds than Pillow, and raises anything for the others
         return None
     return Image.fromarray(pixels) if pixels.shape[:2] == size else None
 

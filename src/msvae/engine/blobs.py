@@ -39,7 +39,8 @@ def compile_or_load(
     import openvino
 
     core = openvino.Core()
-    path = None if key is None else cache_dir() / "engine" / f"{key}.blob"
+    cache = cache_dir()
+    path = None if key is None or cache is None else cache / "engine" / f"{key}.blob"
     if path is not None:
         compiled = _loaded(core, path, settings, shape)
         if compiled is not None:

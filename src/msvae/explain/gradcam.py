@@ -1,5 +1,6 @@
 """Grad-CAM and HiResCAM of the scores, by gradients through the graph and the verdict."""
 
+import threading
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -18,6 +19,7 @@ CAM_SCORES = ("mahalanobis", "reconstruction", "kl", "fused")
 STEP = 1e-6  # of a number's size, by which it is moved to measure a gradient
 
 Maps = dict[str, Tensor]
+HOOKS = threading.Lock()  # captum hangs its hooks into the networks, which threads may share
 
 
 def gradcams(
@@ -42,7 +44,7 @@ def gradcams(
     stage = max(1, sum(f.shape[-1] >= x.shape[-1] // 4 for f in e.features)) - 1
     layer = graph.networks.vae.stages[stage]
     out = {}
-    with torch.enable_grad():
+    with HOOKS, torch.enable_grad():
         for name in names:
             score = _score_of_images(graph.networks, _differentiable(graph, verdict, name, e, maps))
             # captum forwards the whole batch; a score of an image depends on that image alone

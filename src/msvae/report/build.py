@@ -13,8 +13,8 @@ from msvae.core.errors import DataError, ImageError
 from msvae.core.progress import NullProgress, Progress, during
 from msvae.core.replacement import check_output, settle
 from msvae.data.datasets import cifar_image
-from msvae.data.folder import mask_of
-from msvae.data.images import Pixels, Source, load_mask, open_image, squared
+from msvae.data.images import Pixels, Source, open_image, squared
+from msvae.data.masks import load_mask, mask_of
 from msvae.evaluation import metrics
 from msvae.evaluation.table import ScoreTable
 from msvae.explain.explain import explain_many

@@ -5,12 +5,10 @@ themselves: an explanation, or the reference engine.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from msvae.core.config import Config, from_dict
 from msvae.core.errors import RunError
@@ -44,6 +42,10 @@ class Detector:
     references: References | None = None
     facts: dict[str, Any] = field(default_factory=dict)
     engine_name: str | None = None  # of `engine.choose.ENGINES`; None: what suits the machine
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but the engine, which a copy, another process or another machine makes for itself."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
 
     @cached_property
     def engine(self) -> Engine:
@@ -226,6 +228,10 @@ class SavedGraph:
     folder: Path
     facts: Mapping[str, Any]
 
+    def __getstate__(self) -> dict[str, Any]:
+        """The folder, which is read again where the copy is used."""
+        return {"folder": self.folder.resolve(), "facts": self.facts}
+
     @property
     def side(self) -> int:
         """Of the images, px."""
@@ -288,4 +294,4 @@ class SavedGraph:
 
 
 def _is_one(images: Source | Sequence[Source]) -> bool:
-    return isinstance(images, str | Path | np.ndarray) or hasattr(images, "convert")
+    return isinstance(images, str | Path) or hasattr(images, "shape") or hasattr(images, "convert")

@@ -18,8 +18,8 @@ from msvae.data.folder import Sample, find_labelled, find_pairs, warn_of
 from msvae.data.images import (
     image_size,
     load_image,
-    load_mask,
 )
+from msvae.data.masks import load_mask
 from msvae.evaluation.evaluation import Evaluation, evaluate_table
 from msvae.evaluation.table import ScoreTable, quarantine_table
 from msvae.explain.faithfulness import LIMIT, evenly, faithfulness

@@ -81,7 +81,7 @@ def explain(
     `images` are files, folders or globs. A hash of the path is in the stem where stems collide.
     Images that cannot be read are named in `out`/quarantine.csv; `DataError` where none can.
     """
-    return write_explanations(load(run), find_images(images).names, Path(out), progress)
+    return write_explanations(load(run), find_images(images, pngs=False).names, Path(out), progress)
 
 
 def write_explanations(

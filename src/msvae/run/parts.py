@@ -11,7 +11,7 @@ from msvae.core.errors import DataError, ImageError, RateError
 from msvae.core.files import cache_dir
 from msvae.core.progress import Progress
 from msvae.data.cache import Images, decode
-from msvae.data.folder import find_images
+from msvae.data.folder import check_normal, find_images
 from msvae.data.images import Pixels, Source
 from msvae.data.split import CONFORMAL, group_names, split_by_content
 from msvae.evaluation.conformal import needed, rank
@@ -59,6 +59,8 @@ def split_images(
     """Decode the images and part them by content or by group; unreadable ones come beside."""
     sources: Sequence[Source] = images  # type: ignore[assignment]
     if isinstance(images, str | Path) or all(isinstance(i, str | Path) for i in images):
+        for folder in [images] if isinstance(images, str | Path) else images:
+            check_normal(Path(folder))  # type: ignore[arg-type]
         listing = find_images(images)  # type: ignore[arg-type]
         say(listing.note)
         sources = listing.names
