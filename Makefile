@@ -10,7 +10,7 @@ LOWEST := .venv-lowest
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 INDEX  := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: demo test test-lowest demo-lowest bench lint docs clean
+.PHONY: demo test campaign test-lowest demo-lowest bench lint docs clean
 
 demo: $(READY)
 	$(BIN)/msvae demo
@@ -21,6 +21,10 @@ test: $(READY)
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/python -m pytest
+
+# Thousands of damaged files, and fits killed at any moment; `make test` runs a short form of it.
+campaign: $(READY)
+	MSVAE_CAMPAIGN=whole $(BIN)/python -m pytest -n 0 tests/campaign
 
 # On the lowest versions that pyproject.toml promises, in an environment of their own.
 test-lowest: $(LOWEST)/.ready

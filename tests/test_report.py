@@ -81,6 +81,6 @@ def test_the_page_is_written_where_one_looks(judged, tree_run, tmp_path):
     assert report(path) == tmp_path / "mine.html"
     copy = shutil.copytree(tree_run, tmp_path / "run")
     assert report(copy) == copy / "report.html"
-    assert report(copy, page=tmp_path / "x.html") == tmp_path / "x.html"
+    assert report(copy, out=tmp_path / "x.html") == tmp_path / "x.html"
     for page in (tmp_path / "mine.html", copy / "report.html", tmp_path / "x.html"):
         assert "<html" in page.read_text()

@@ -158,7 +158,7 @@ def evaluate(options: argparse.Namespace) -> int:
     result = done.evaluation.to_json()
     screen.evaluation(result["evaluation"], result)
     page = options.run / "report.html" if options.out is None else out / "report.html"
-    _report(screen, options.run, page=page, evaluation=out)
+    _report(screen, options.run, out=page, evaluation=out)
     masks, anomalous = result["n"].get("masks", 0), result["n"]["anomalous"]
     screen.say(f"masks: of {masks} of {anomalous} anomalous images")
     if not done.scan.quarantine:  # its file is written in any case
@@ -179,7 +179,7 @@ def explain(options: argparse.Namespace) -> int:
 
 def report(options: argparse.Namespace) -> int:
     """One self-contained HTML page."""
-    _report(_screen(), options.source, run=options.run, page=options.out)
+    _report(_screen(), options.source, run=options.run, out=options.out)
     return 0
 
 

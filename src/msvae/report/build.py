@@ -41,29 +41,29 @@ def report(
     *,
     run: str | Path | None = None,
     evaluation: str | Path | None = None,
-    page: str | Path | None = None,
+    out: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Path:
     """Write one self-contained HTML page; returns its path.
 
     `source` is a run, a benchmark's folder or a CSV file of scores; `run` the run that made that file:
     with it the page shows maps. `evaluation` is the folder of a run's evaluation, where it is not
-    RUN/evaluation. `page` is where to write: `report.html` in the folder, or beside the file.
+    RUN/evaluation. `out` is where to write: `report.html` in the folder, or beside the file.
 
     Raises `DataError` or `RunError`, each with the remedy.
     """
     source = Path(source)
     beside = source.with_suffix(".html") if source.is_file() else source / "report.html"
-    out = beside if page is None else Path(page)
-    check_output(out)
+    page = beside if out is None else Path(out)
+    check_output(page)
     paths = [None if path is None else Path(path) for path in (run, evaluation)]
 
     def write() -> None:
         content = page_of(source, run=paths[0], evaluation=paths[1], progress=progress)
-        write_report(out, content)
+        write_report(page, content)
 
     during(progress or NullProgress(), "writing report", write)
-    return out
+    return page
 
 
 def page_of(
